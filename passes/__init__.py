@@ -1,0 +1,9 @@
+"""The laws of affine rewriting, one file each: installed and imported as ``fxconv.passes``, never as ``passes``."""
+
+if __name__ == "passes":
+    # From the top of a checkout, `import passes` would find this folder and load every law a second time, under other
+    # names: their classes would not be those that fxconv knows, and a law would be registered twice.
+    raise ImportError(
+        "these are fxconv's laws, imported as `fxconv.passes`: write `import fxconv.passes` (after `pip install -e .` "
+        "in the checkout). Loaded as top-level `passes` they would be a second copy that fxconv does not know."
+    )
