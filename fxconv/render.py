@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -71,12 +71,16 @@ def to_table(report: Report, verbose: bool = False) -> str:
 
 
 def verdict(report: Report) -> str:
-    """The verification in a sentence or two, first word the status."""
-    v = report.verification
-    status = str(v["status"])
-    counts = {s: sum(r.status == s for r in report.rewrites) for s in ("proved", "confirmed", "not run", "rolled back")}
-    said = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-    text = status
+    """The whole-model verification, and how many rewrites were proved, confirmed, taken back."""
+    order = ("proved", "confirmed", "not run", "rolled back")
+    counts = [(sum(r.status == status for r in report.rewrites), status) for status in order]
+    said = ", ".join(f"{n} {status}" for n, status in counts if n)
+    return verification(report.verification) + (f"\nrewrites: {said}" if said else "")
+
+
+def verification(v: Mapping[str, Any]) -> str:
+    """`Report.verification` as a sentence whose first word is the status."""
+    text = str(v["status"])
     if v.get("error") is not None:
         text += f": relative error {error(v['error'])}"
         if v.get("original_error") is not None:
@@ -87,9 +91,7 @@ def verdict(report: Report) -> str:
             text += f", in {v['dtype']} against float64"
         if v.get("batches"):
             text += f", batch {' and '.join(map(str, v['batches']))}"
-    if v.get("reason"):
-        text += f": {v['reason']}"
-    return text + (f"\nrewrites: {said}" if said else "")
+    return text + (f": {v['reason']}" if v.get("reason") else "")
 
 
 def _headline(report: Report) -> str:

@@ -225,6 +225,11 @@ class Report:
         return tuple(r for r in self.rewrites if not r.applied)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What capture found that the user should read."""
+        return self.capture.notes
+
+    @property
     def verified(self) -> bool:
         """True when the whole model was compared with the original and every rewrite in it was proved or confirmed."""
         return self.verification["status"] == "verified" and all(r.status != "not run" for r in self.applied)

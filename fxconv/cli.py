@@ -1,0 +1,268 @@
+"""The `fxconv` command: transform, explain, verify, recheck.
+
+Reports go to stdout, progress and errors to stderr. Exit codes: 0 verified (transform, verify, recheck) or reported
+(explain); 1 not verified, or the models differ; 2 misuse, or something that could not be read or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ArgsError, FxconvError
+from .options import CAPTURE, OBJECTIVES, TARGETS, VERIFY, Options
+
+log = logging.getLogger("fxconv")
+
+OK, UNVERIFIED, MISUSE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    handler = _Progress(quiet=arguments.quiet)
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
+    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except FxconvError as error:
+        sys.stderr.write(f"fxconv: {type(error).__name__}: {error}\n")
+        return MISUSE
+    except BrokenPipeError:  # `fxconv … | head`
+        sys.stderr.close()
+        return MISUSE
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Progress(logging.Handler):
+    """Log records on stderr, with the seconds since the start: long steps shall not look like a hang."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self._start = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        sys.stderr.write(f"[{time.monotonic() - self._start:6.1f} s] {level}{record.getMessage()}\n")
+        sys.stderr.flush()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="fxconv",
+        description="Rewrite the affine work in a PyTorch model into its cheapest exact form, and verify the result.",
+        epilog="A SOURCE is torchvision:NAME, timm:NAME, hf:CLASS, package.module:factory or FILE.pt2; after the name, "
+        ":key=value,… goes to the builder (timm:vit_tiny_patch16_224:num_classes=10).",
+    )
+    parser.add_argument("--version", action="version", version=f"fxconv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    transform = commands.add_parser("transform", help="rewrite a model, verify it, report, and write the result")
+    transform.add_argument("source", metavar="SOURCE")
+    _add_source(transform)
+    _add_options(transform)
+    transform.add_argument("--verify", choices=VERIFY, help="what a rewrite that fails leads to (default: rollback)")
+    transform.add_argument("--out", metavar="FILE", help="write the result: .pt2, .onnx, .pte, .xml, or .json (report)")
+    transform.add_argument("--dynamic", choices=("batch", "all", "none"), help="which sizes stay variable in --out")
+    transform.add_argument("--no-time", action="store_true", help="do not measure before and after")
+    _add_report(transform)
+    transform.set_defaults(command=_transform)
+
+    explain = commands.add_parser("explain", help="the report alone: nothing is changed or written")
+    explain.add_argument("source", metavar="SOURCE")
+    _add_source(explain)
+    _add_options(explain)
+    _add_report(explain)
+    explain.set_defaults(command=_explain)
+
+    verify = commands.add_parser("verify", help="compare two models: factories, .pt2 or .onnx files")
+    verify.add_argument("a", metavar="A", help="the original")
+    verify.add_argument("b", metavar="B", help="what should compute the same")
+    _add_source(verify)
+    verify.add_argument("--json", action="store_true", help="the verdict as JSON")
+    verify.set_defaults(command=_verify)
+
+    recheck = commands.add_parser("recheck", help="check an archived certificate against the files it is about")
+    recheck.add_argument("report", metavar="report.json")
+    recheck.add_argument("original", metavar="original.pt2")
+    recheck.add_argument("result", metavar="result.pt2")
+    _add_source(recheck)
+    recheck.set_defaults(command=_recheck)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    shapes = "inputs: 1x3x224x224, or 1x16:int64,1x16:bool, or [3x320x320] for a list"
+    parser.add_argument("--input", metavar="SHAPES", help=shapes)
+    parser.add_argument("--weights", metavar="NAME", help="weights to download, for instance DEFAULT (default: random)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", choices=TARGETS, help="what may be emitted (default: anything)")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="what is minimised (default: latency)")
+    parser.add_argument("--capture", choices=CAPTURE, help="how the model becomes a graph (default: auto)")
+    parser.add_argument("--config", metavar="FILE.toml", help="options from the table [tool.fxconv] of a TOML file")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", metavar="FILE", help="write the report: .json (the certificate) or .html")
+    parser.add_argument("--json", action="store_true", help="the report as JSON in place of the table")
+    parser.add_argument("--verbose", action="store_true", help="every rewrite and every remark on its own line")
+
+
+def _transform(arguments: argparse.Namespace) -> int:
+    import fxconv
+
+    from . import targets
+    from .report import attach
+
+    for path in filter(None, (arguments.out, arguments.report)):
+        _check_writable(path)
+    if arguments.out:
+        targets.writer_for(arguments.out)
+    source = _load(arguments.source, arguments)
+    if arguments.out and source.args is None and not arguments.out.endswith(".json"):
+        raise ArgsError(f"writing {arguments.out} needs example inputs: give --input, for instance --input 1x3x224x224")
+    result = fxconv.transform(source.model, source.args, source.kwargs or None, options=_options(arguments))
+    report = dataclasses.replace(fxconv.report(result), model=source.name)
+    if not arguments.no_time and source.args is not None:
+        report = dataclasses.replace(report, measured=_time(source, result))
+    attach(result, report)
+    if arguments.out:
+        log.info("writing %s", arguments.out)
+        targets.write(arguments.out, result, source.args or (), source.kwargs, report, arguments.dynamic)
+    _show(report, arguments)
+    return OK if report.verified else UNVERIFIED
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    import fxconv
+
+    if arguments.report:
+        _check_writable(arguments.report)
+    source = _load(arguments.source, arguments)
+    report = fxconv.explain(source.model, source.args, source.kwargs or None, options=_options(arguments))
+    _show(dataclasses.replace(report, model=source.name), arguments)
+    return OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    a, b = _load(arguments.a, arguments), _load(arguments.b, arguments)
+    verdict = _compare(a, b)
+    if arguments.json:
+        _write(json.dumps(verdict, indent=2, default=str))
+    else:
+        _write(_verdict_text(verdict))
+    return OK if verdict["status"] == "verified" else UNVERIFIED
+
+
+def _recheck(arguments: argparse.Namespace) -> int:
+    from .fingerprint import weights_hash
+    from .report import Report, versions
+
+    try:
+        text = Path(arguments.report).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FxconvError(f"cannot read {arguments.report!r}: {error.strerror}") from error
+    report = Report.from_json(text)
+    a, b = _load(arguments.original, arguments), _load(arguments.result, arguments)
+    rows, good = [], True
+    for side, source in (("before", a), ("after", b)):
+        want, have = report.hashes.get(side), weights_hash(source.model)
+        same = want == have
+        good &= same
+        said = f"SHA-256 {have[:16]}…" if same else f"SHA-256 {have[:16]}…, the certificate says {str(want)[:16]}…"
+        rows.append(f"weights of {source.name}: {'as certified' if same else 'NOT as certified'} ({said})")
+    if not report.verified:
+        good = False
+        rows.append(f"certificate: NOT of a verified result (status {report.verification['status']!r})")
+    for name, version in versions().items():
+        if report.versions.get(name) != version:
+            rows.append(f"note: certified with {name} {report.versions.get(name)}, rechecked with {version}")
+    verdict = _compare(a, b)
+    good &= verdict["status"] == "verified"
+    rows.append(_verdict_text(verdict))
+    _write("\n".join(rows))
+    return OK if good else UNVERIFIED
+
+
+def _load(text: str, arguments: argparse.Namespace) -> Any:
+    from . import sources
+
+    log.info("loading %s", text)
+    return sources.load(text, inputs=arguments.input, weights=arguments.weights)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """The options of --config, with those given on the command line on top."""
+    options = Options.from_toml(arguments.config) if arguments.config else Options()
+    given = {key: getattr(arguments, key, None) for key in ("objective", "target", "capture", "verify")}
+    return options.replace(**{key: value for key, value in given.items() if value is not None})
+
+
+def _time(source: Any, result: Any) -> dict[str, Any]:
+    from .timing import paired
+
+    log.info("timing before and after, interleaved")
+    return paired(_callable(source.model), _callable(result), source.args, source.kwargs)
+
+
+def _callable(model: Any) -> Callable[..., Any]:
+    from torch.export import ExportedProgram
+
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def _compare(a: Any, b: Any) -> dict[str, Any]:
+    import fxconv
+
+    args, kwargs = (a.args, a.kwargs) if a.args is not None else (b.args, b.kwargs)
+    if args is None:
+        raise ArgsError("neither model says what its inputs are: give --input, for instance --input 1x3x224x224")
+    log.info("comparing %s with %s", a.name, b.name)
+    verdict = fxconv.verify(a.model, b.model, args, kwargs or None)
+    return dict(verdict.to_dict() if hasattr(verdict, "to_dict") else verdict)
+
+
+def _verdict_text(verdict: dict[str, Any]) -> str:
+    from .render import verification
+
+    return verification(verdict)
+
+
+def _show(report: Any, arguments: argparse.Namespace) -> None:
+    if arguments.report:
+        html = arguments.report.endswith(".html")
+        text = report.to_html() if html else report.to_json() + "\n"
+        Path(arguments.report).write_text(text, encoding="utf-8")
+    _write(report.to_json() if arguments.json else report.to_table(verbose=arguments.verbose))
+
+
+def _check_writable(path: str) -> None:
+    """Find out before minutes of work that the result cannot be stored."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise FxconvError(f"cannot write {path!r}: there is no folder {str(folder)!r}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
