@@ -1,0 +1,257 @@
+"""Every affine region of the table reaches its cheapest exact form, under every spelling and both captures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Outcome, check, draw, n_params, randomise, said
+from torch import nn
+from zoo.moves import TABLES, normalised, relu_bn_pool_conv
+from zoo.regions import BRANCHES, CHAINS, DBB, Row, chain, only
+from zoo.spelling import bn, build, conv, conv_transpose
+
+ROWS = (*CHAINS, *BRANCHES, *(row for table in TABLES.values() for row in table))
+CASES = [
+    pytest.param(row, spelling, capture, id=f"{row.name}-{spelling}-{capture}")
+    for row in ROWS
+    for spelling, capture in row.spellings
+]
+
+
+def transform_row(row: Row, spelling: str, capture: str) -> Outcome:
+    inputs = tuple(draw(shape, seed) for seed, shape in enumerate(row.shapes))
+    return check(randomise(row.model(spelling), 1), inputs, capture=capture, **row.want)
+
+
+@pytest.mark.parametrize(("row", "spelling", "capture"), CASES)
+def test_region(row: Row, spelling: str, capture: str) -> None:
+    transform_row(row, spelling, capture)
+
+
+def test_row_names_are_unique() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+# --- rows that need more than a table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_diverse_branch_block(in_place: bool, stride: int) -> None:
+    # 9 + 1 (at stride 1), 1x1 and 1x1 -> 3x3 of the same widths: (540 + 60 + 60 + 36 + 540) -> 540
+    model = randomise(DBB(in_place=in_place, stride=stride))
+    check(model, (draw((2, 6, 9, 13)),), **only(conv=1))
+
+
+def test_pointwise_with_bias_before_padded_is_one_conv_or_refused() -> None:
+    """The border needs the bias: a border map if that pays, else a refusal that says so."""
+    model = randomise(chain_model(a=nn.Conv2d(16, 64, 1), b=nn.Conv2d(64, 16, 3, padding=1)))
+    out = check(model, (draw((2, 16, 9, 13)),), at_most={"conv": 2})
+    assert out.kinds["conv"] == 1 or said(out.result, "border|padd")
+
+
+def test_normalisation_before_padded_is_absorbed_or_refused() -> None:
+    layers, program = normalised(padding=1)
+    out = check(randomise(build(layers, program, 1)), (draw((2, 3, 9, 13)),), at_most={"conv": 1})
+    assert not out.kinds["sub"] + out.kinds["add"] or said(out.result, "border|padd")
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_negative_scale_does_not_pass_max_pool(padding: int) -> None:
+    """With one BatchNorm weight below zero, max-pool would pick other elements: only what is legal."""
+    layers, program = relu_bn_pool_conv(padding)
+    model = randomise(build(layers, program, 1))
+    with torch.no_grad():
+        model.norm.weight[3] = -0.7  # type: ignore[operator, index, union-attr]
+    out = check(model, (draw((2, 8, 10, 13)),))
+    assert said(out.result, "positive|negative|scale|γ|gamma|weight")
+
+
+def test_positive_scale_passes_to_a_padded_conv_but_the_shift_does_not() -> None:
+    layers, program = relu_bn_pool_conv(padding=1)
+    check(randomise(build(layers, program, 1)), (draw((2, 8, 10, 13)),), at_most={"conv": 1, "batch_norm+add+mul": 1})
+
+
+@pytest.mark.parametrize("norm", ["layer", "group", "rms"])
+def test_norm_affine_goes_into_the_next_weight(norm: str) -> None:
+    """Fewer numbers to store: under objective="params" the norm's affine is gone."""
+    if norm == "group":
+        model: nn.Module = chain_model(norm=nn.GroupNorm(4, 16), conv=nn.Conv2d(16, 12, 1))
+        x, weights = draw((2, 16, 5, 7)), 16 * 12 + 12
+    else:
+        model = chain_model(norm=nn.LayerNorm(16) if norm == "layer" else nn.RMSNorm(16), fc=nn.Linear(16, 12))
+        x, weights = draw((2, 5, 16)), 16 * 12 + 12
+    out = check(randomise(model), (x,), objective="params", at_most={"conv+linear": 1, "mul": 0, "add": 0})
+    assert n_params(out.result) == weights
+
+
+def chain_model(**layers: nn.Module) -> nn.Module:
+    return build(*chain(**layers), 1)
+
+
+# --- composition of two windows ----------------------------------------------------------------------------------------
+
+# (kernel, stride, padding, dilation) twice; the width between is large, so that merging always pays where it is legal.
+LEGAL = {
+    "k3_k3": ((3, 1, 0, 1), (3, 1, 0, 1)),
+    "k3s2p1_k3": ((3, 2, 1, 1), (3, 1, 0, 1)),
+    "k1_k3s2p1": ((1, 1, 0, 1), (3, 2, 1, 1)),
+    "k1p1_k3p1": ((1, 1, 1, 1), (3, 1, 1, 1)),
+    "k3p1_k1": ((3, 1, 1, 1), (1, 1, 0, 1)),
+    "k3p1_k2s2": ((3, 1, 1, 1), (2, 2, 0, 1)),
+    "full_k3_then_padded": ((3, 1, 2, 1), (3, 1, 1, 1)),
+    "dilated_k3_k3": ((3, 1, 0, 2), (3, 1, 0, 1)),
+    "k3_dilated_k3": ((3, 1, 1, 1), (3, 1, 0, 2)),
+    "k2s2_k2s2": ((2, 2, 0, 1), (2, 2, 0, 1)),
+    "k1s2_k3": ((1, 2, 0, 1), (3, 1, 0, 1)),
+}
+ILLEGAL = {
+    "k3p1_k3p1": ((3, 1, 1, 1), (3, 1, 1, 1)),
+    "k3_k3p1": ((3, 1, 0, 1), (3, 1, 1, 1)),
+    "k3s2p1_k3p1": ((3, 2, 1, 1), (3, 1, 1, 1)),
+    "k3p1_k1p1": ((3, 1, 1, 1), (1, 1, 1, 1)),
+}
+
+
+def two_convs(rank: int, first: tuple[int, ...], second: tuple[int, ...], bias: bool = False) -> nn.Module:
+    (k1, s1, p1, d1), (k2, s2, p2, d2) = first, second
+    a = conv(rank)(4, 48, k1, s1, p1, d1, bias=bias or not p2)
+    return randomise(chain_model(a=a, b=conv(rank)(48, 5, k2, s2, p2, d2)))
+
+
+def wide_input(rank: int) -> torch.Tensor:
+    return draw((2, 4, *(13, 10, 9)[:rank]))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", LEGAL)
+def test_two_windows_compose(name: str, rank: int) -> None:
+    check(two_convs(rank, *LEGAL[name]), (wide_input(rank),), **only(conv=1))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_two_windows_do_not_compose_across_padding(name: str, rank: int) -> None:
+    """The second one's zeros are not the first one's outputs there."""
+    check(two_convs(rank, *ILLEGAL[name]), (wide_input(rank),), ops={"conv": 2}, refused="border|padd")
+
+
+def test_asymmetric_strides_dilations_and_paddings_compose() -> None:
+    a = nn.Conv2d(4, 48, (3, 1), (2, 1), (1, 0), (1, 1))
+    b = nn.Conv2d(48, 5, (1, 4), (1, 3), 0, (1, 2))
+    check(randomise(chain_model(a=a, b=b)), (draw((2, 4, 12, 17)),), **only(conv=1))
+
+
+def test_patches_then_padded_conv_compose_where_sizes_are_fixed() -> None:
+    """kernel = stride before a padded convolution: exact while the stride divides the size, so only for a fixed size."""
+    model = two_convs(2, (2, 2, 0, 1), (3, 1, 1, 1))
+    batch_only = ({0: torch.export.Dim("n", max=64)},)
+    check(model, (draw((2, 4, 8, 12)),), sizes=False, dynamic_shapes=batch_only, **only(conv=1))
+
+
+def test_patches_then_padded_conv_do_not_compose_at_any_size() -> None:
+    check(two_convs(2, (2, 2, 0, 1), (3, 1, 1, 1)), (draw((2, 4, 8, 12)),))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_transposed_windows_compose(rank: int) -> None:
+    x = draw((2, 4, *(7, 6, 5)[:rank]))
+    before = chain_model(a=conv(rank)(4, 48, 1, bias=False), up=conv_transpose(rank)(48, 5, 4, 2, 1))
+    after = chain_model(up=conv_transpose(rank)(4, 48, 4, 2, 1), b=conv(rank)(48, 5, 1))
+    wide = chain_model(up=conv_transpose(rank)(4, 48, 4, 2, 1), b=conv(rank)(48, 5, 3))
+    for model in (before, after, wide):
+        check(randomise(model), (x,), **only(conv_transpose=1))
+
+
+def test_strided_conv_then_transposed_conv_is_periodic() -> None:
+    """down 2, then up 2: shift-invariant with period 2 only, so no one window."""
+    model = chain_model(down=nn.Conv2d(4, 8, 3, 2, 1), up=nn.ConvTranspose2d(8, 4, 4, 2, 1))
+    check(randomise(model), (draw((2, 4, 8, 12)),))
+
+
+# --- BatchNorm into everything -----------------------------------------------------------------------------------------
+
+FOLDS = {
+    "1d": (conv(1)(6, 8, 3, padding=1), 1),
+    "2d": (conv(2)(6, 8, (3, 5), (2, 1), (1, 0), bias=False), 2),
+    "3d": (conv(3)(6, 8, 3, dilation=(1, 2, 1)), 3),
+    "grouped": (conv(2)(6, 9, 3, groups=3), 2),
+    "depthwise": (conv(2)(6, 12, 3, groups=6, bias=False), 2),
+    "same": (conv(2)(6, 8, 4, padding="same"), 2),
+    "circular": (conv(2)(6, 8, 3, padding=1, padding_mode="circular"), 2),
+    "transposed_1d": (conv_transpose(1)(6, 8, 4, 2, 1), 1),
+    "transposed_2d": (conv_transpose(2)(6, 6, 4, 2, 1, bias=False), 2),
+    "transposed_3d": (conv_transpose(3)(6, 8, 3, 2, output_padding=1), 3),
+    "transposed_grouped": (conv_transpose(2)(6, 9, 3, groups=3), 2),
+}
+
+
+@pytest.mark.parametrize("name", FOLDS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_folds_into_its_producer(name: str, affine: bool) -> None:
+    layer, rank = FOLDS[name]
+    model = randomise(chain_model(conv=layer, norm=bn(layer.out_channels, rank, affine=affine), act=nn.ReLU()))
+    # circular padding may stay a pad of its own
+    check(
+        model, (draw((2, 6, *(9, 8, 7)[:rank])),), ops={"batch_norm": 0, "mul": 0, "add": 0, "conv+conv_transpose": 1}
+    )
+
+
+# --- must not fire, and says why ---------------------------------------------------------------------------------------
+
+
+def between(name: str, middle: nn.Module, **expect: object) -> object:
+    model = lambda: chain_model(a=nn.Conv2d(6, 8, 1), mid=middle, b=nn.Conv2d(8, 5, 1))  # noqa: E731
+    return pytest.param(model, (2, 6, 5, 7), expect, id=name)
+
+
+COST = "cost|dear|MAC|more|cheap|pay"
+MUST_NOT_FIRE = [
+    between("relu", nn.ReLU(), ops={"conv": 2}, refused="relu"),
+    between("sigmoid", nn.Sigmoid(), ops={"conv": 2}, refused="sigmoid"),
+    between("gelu", nn.GELU(), ops={"conv": 2}, refused="gelu"),
+    between("max_pool", nn.MaxPool2d(2), ops={"conv": 2}, refused="max.?pool"),
+    between("instance_norm", nn.InstanceNorm2d(8), ops={"conv": 2}, refused="instance"),
+    between("group_norm", nn.GroupNorm(2, 8), ops={"conv": 2}, refused="group.?norm"),
+    between("softmax", nn.Softmax(1), ops={"conv": 2}, refused="softmax"),
+    pytest.param(
+        lambda: chain_model(a=nn.Linear(64, 4), b=nn.Linear(4, 64)),
+        (2, 64),
+        {"ops": {"linear": 2}, "refused": COST},
+        id="low_rank",
+    ),
+    pytest.param(
+        lambda: chain_model(a=nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), b=nn.Conv2d(32, 32, 1)),
+        (2, 32, 14, 18),
+        {"ops": {"conv": 2}, "refused": COST},
+        id="depthwise_then_pointwise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "expect"), MUST_NOT_FIRE)
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_must_not_fire(make: object, shape: tuple[int, ...], expect: dict[str, object], capture: str) -> None:
+    check(randomise(make()), (draw(shape),), capture=capture, **expect)  # type: ignore[operator, arg-type]
+
+
+# --- size and time of the search ---------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_200_linears_is_one_linear() -> None:
+    model = randomise(nn.Sequential(*(nn.Linear(8, 8) for _ in range(200))), gain=1.0)
+    check(model, (draw((2, 8)),), **only(linear=1))
+
+
+def test_100_siblings_are_one() -> None:
+    """A sum of 100 Linears of one input."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(nn.Linear(8, 6) for _ in range(100))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
+
+    check(randomise(Wide()), (draw((2, 8)),), **only(linear=1))
