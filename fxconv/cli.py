@@ -133,7 +133,7 @@ def _transform(arguments: argparse.Namespace) -> int:
     import fxconv
 
     from . import targets
-    from .report import attach
+    from .report import attach, read
 
     for path in filter(None, (arguments.out, arguments.report)):
         _check_writable(path)
@@ -143,7 +143,7 @@ def _transform(arguments: argparse.Namespace) -> int:
     if arguments.out and source.args is None and not arguments.out.endswith(".json"):
         raise ArgsError(f"writing {arguments.out} needs example inputs: give --input, for instance --input 1x3x224x224")
     result = fxconv.transform(source.model, source.args, source.kwargs or None, options=_options(arguments))
-    report = dataclasses.replace(fxconv.report(result), model=source.name)
+    report = dataclasses.replace(read(result), model=source.name)
     if not arguments.no_time and source.args is not None:
         report = dataclasses.replace(report, measured=_time(source, result))
     attach(result, report)
@@ -233,13 +233,13 @@ def _callable(model: Any) -> Callable[..., Any]:
 
 
 def _compare(a: Any, b: Any) -> dict[str, Any]:
-    import fxconv
+    from .verify import verify
 
     args, kwargs = (a.args, a.kwargs) if a.args is not None else (b.args, b.kwargs)
     if args is None:
         raise ArgsError("neither model says what its inputs are: give --input, for instance --input 1x3x224x224")
     log.info("comparing %s with %s", a.name, b.name)
-    verdict = fxconv.verify(a.model, b.model, args, kwargs or None)
+    verdict = verify(a.model, b.model, args, kwargs or None)
     return dict(verdict.to_dict() if hasattr(verdict, "to_dict") else verdict)
 
 

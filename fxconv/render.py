@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .report import Cost, Remark, Report, Rewrite
+from .report import REWRITE_STATUS, Cost, Remark, Report, Rewrite
 
 GROUPS = 12
 """How many groups of rewrites, and of remarks, the compact table shows."""
@@ -58,7 +58,12 @@ def to_table(report: Report, verbose: bool = False) -> str:
     """The report for a terminal. `verbose` shows every rewrite and every remark on a line of its own."""
     parts = [_headline(report)]
     parts += [f"note: {note}" for note in report.capture.notes]
-    parts.append(_section("rewrites", len(report.applied), _rewrites(report.rewrites, verbose)))
+    parts.append(_section("rewrites", len(report.applied), _rewrites(report.applied, verbose)))
+    # Never grouped or wrapped: each is a rewrite that would have been wrong.
+    parts += [
+        f"rolled back: {r.where or r.name} ({' > '.join(r.laws)}): {r.verdict.get('reason') or 'not confirmed'}"
+        for r in report.rolled_back
+    ]
     parts.append(_section("not rewritten", len(report.missed), _remarks(report.missed, verbose)))
     if report.barriers:
         parts.append(_barriers(report, verbose))
@@ -72,26 +77,21 @@ def to_table(report: Report, verbose: bool = False) -> str:
 
 def verdict(report: Report) -> str:
     """The whole-model verification, and how many rewrites were proved, confirmed, taken back."""
-    order = ("proved", "confirmed", "not run", "rolled back")
-    counts = [(sum(r.status == status for r in report.rewrites), status) for status in order]
+    counts = [(sum(r.status == status for r in report.rewrites), status) for status in REWRITE_STATUS]
     said = ", ".join(f"{n} {status}" for n, status in counts if n)
     return verification(report.verification) + (f"\nrewrites: {said}" if said else "")
 
 
 def verification(v: Mapping[str, Any]) -> str:
-    """`Report.verification` as a sentence whose first word is the status."""
-    text = str(v["status"])
-    if v.get("error") is not None:
-        text += f": relative error {error(v['error'])}"
-        if v.get("original_error") is not None:
-            text += f", the original's own is {error(v['original_error'])}"
-        if v.get("factor") is not None:
-            text += f" (allowed: {float(v['factor']):g} times that)"
-        if v.get("dtype"):
-            text += f", in {v['dtype']} against float64"
-        if v.get("batches"):
-            text += f", batch {' and '.join(map(str, v['batches']))}"
-    return text + (f": {v['reason']}" if v.get("reason") else "")
+    """`Report.verification` in words, the status first."""
+    text = str(v["status"]) + (f": {v['reason']}" if v.get("reason") else "")
+    if v.get("outputs"):
+        text += (
+            f"\nlargest relative error against the original in float64: {error(v['error'])} in {v['dtype']} "
+            f"(the original's own: {error(v['original_error'])}; allowed: {float(v['factor']):g} times that)"
+            f", {error(v['float64_error'])} in float64; at batch {' and '.join(map(str, v['batches']))}"
+        )
+    return "\n".join([text, *(f"note: {note}" for note in v.get("notes", ()))])
 
 
 def _headline(report: Report) -> str:
@@ -141,7 +141,6 @@ def _rewrites(rewrites: Sequence[Rewrite], verbose: bool) -> str:
         first = group[0]
         status = first.status if first.exactness == "exact" else f"{first.status}, {first.exactness}"
         worst = max((r.verdict["max_error"] for r in group if r.verdict.get("max_error") is not None), default=None)
-        reason = f": {first.verdict['reason']}" if first.verdict.get("reason") else ""
         rows.append(
             [
                 len(group),
@@ -149,7 +148,7 @@ def _rewrites(rewrites: Sequence[Rewrite], verbose: bool) -> str:
                 " > ".join(first.laws) + (" (" + " + ".join(first.nodes) + ")" if verbose else ""),
                 f"{number(before.macs)} -> {number(after.macs)}",
                 f"{before.launches} -> {after.launches}",
-                status + reason,
+                status,
                 error(worst),
             ]
         )
@@ -193,7 +192,7 @@ def _barriers(report: Report, verbose: bool) -> str:
 def _grid(rows: Sequence[Sequence[object]], headers: Sequence[str], hidden: int) -> str:
     if not rows:
         return ""
-    widths = [5, 34, 44, 22, 12, 34, 10] if len(headers) == 7 else [5, 10, 22, 70, 34, 40][: len(headers)]
+    widths = [5, 36, 48, 22, 12, 24, 10] if len(headers) == 7 else [5, 10, 22, 70, 34, 40][: len(headers)]
     text = tabulate(
         [[str(c) for c in row] for row in rows],
         headers=headers,

@@ -30,7 +30,7 @@ _PICKLED = "_fxconv_report"
 SCHEMA = 1
 """Version of the JSON form. A report of another schema is refused when read, never half understood."""
 
-REWRITE_STATUS = ("proved", "confirmed", "rolled back", "not run")
+REWRITE_STATUS = ("proved", "confirmed", "unverified", "not run", "rolled back")
 MODEL_STATUS = ("verified", "failed", "not verifiable", "not run")
 REMARK_KINDS = ("missed", "refused", "barrier", "advice")
 EXACTNESS = ("exact", "exact to rounding", "approximate")
@@ -110,7 +110,7 @@ class Rewrite:
     """One cluster of nodes that was replaced (or was, until verification took it back).
 
     verdict: a mapping with
-        status     "proved" | "confirmed" | "rolled back" | "not run"
+        status     "proved" | "confirmed" | "unverified" (nothing could be compared) | "not run" | "rolled back"
         probes     list of {"kind", "count", "seed", ...} or a count
         seeds      list of ints
         max_error  relative error found, float64 weights against float64 original
@@ -144,7 +144,7 @@ class Rewrite:
 
     @property
     def status(self) -> str:
-        """The verdict in one word: "proved", "confirmed", "rolled back" or "not run"."""
+        """The verdict, one of `REWRITE_STATUS`."""
         return str(self.verdict["status"])
 
     @property
@@ -175,13 +175,16 @@ class Remark:
 class Report:
     """The whole story of one transform; see the module's docstring for the units.
 
-    verification: a mapping with
+    verification: `ModelVerdict.to_dict()`, or {"status": "not run", "reason": ...}; read here are
         status          "verified" | "failed" | "not verifiable" | "not run"
-        error           error of the result against the original in float64, relative
-        original_error  error of the original in its own dtype against itself in float64, relative
+        error           largest error of the result in its own dtype, relative to the original in float64
+        original_error  the same of the original in its own dtype
+        float64_error   the same of the result in float64
         factor          how many times `original_error` is allowed
         dtype           the model's dtype, for instance "float32"
+        outputs         one entry per output that was compared; without any, the errors mean nothing
         batches, seeds  lists
+        notes           what the user may want to know
         reason          why it failed, cannot be verified (the op that is random) or was not run
     measured: {} or a mapping with before_s, after_s (medians), ratio (before ÷ after), low, high (95 % interval of
     the ratio), pairs, threads.
@@ -232,7 +235,9 @@ class Report:
     @property
     def verified(self) -> bool:
         """True when the whole model was compared with the original and every rewrite in it was proved or confirmed."""
-        return self.verification["status"] == "verified" and all(r.status != "not run" for r in self.applied)
+        return self.verification["status"] == "verified" and all(
+            r.status in ("proved", "confirmed") for r in self.applied
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary (str, numbers, lists, dicts) that `from_dict` turns back into an equal report."""

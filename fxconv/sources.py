@@ -31,6 +31,15 @@ from .options import nearest
 SEED = 0
 """Seeds the random weights and inputs, so that two runs of a command do the same."""
 
+_ONNX_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
 _VIDEO_FRAMES = 16
 _SEGMENTATION_SIZE = 520
 _DETECTION_SIZE = 320
@@ -123,9 +132,10 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
     with torch.no_grad():
         for module in model.modules():
             norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if norm and module.running_mean is not None and module.running_var is not None:
-                normal(module.running_mean, 0.3)
-                uniform(module.running_var, 0.5, 2.0)
+            statistics = dict(module.named_buffers(recurse=False)) if norm else {}
+            if "running_mean" in statistics:
+                normal(statistics["running_mean"], 0.3)
+                uniform(statistics["running_var"], 0.5, 2.0)
             for name, p in module.named_parameters(recurse=False):
                 if not p.is_floating_point() or p.numel() < 2 or not bool((p == p.flatten()[0]).all()):
                     continue
@@ -141,7 +151,8 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
 class OnnxModel(nn.Module):
     """An ONNX file as a module: ONNX Runtime on the CPU, optimisations off, so that only the file is compared.
 
-    It has no parameters and computes in the dtypes of the file, whatever `.double()` says.
+    It has no parameters and computes in the dtypes of the file, whatever `.double()` says; outputs are given back in
+    the dtype of the inputs.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -153,16 +164,23 @@ class OnnxModel(nn.Module):
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [(i.name, i.shape, i.type) for i in self._session.get_inputs()]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModel:
+        return self  # it has no state, and a session cannot be copied
+
     def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Tensors in the order of the file's inputs → its outputs (one tensor, or a tuple)."""
         names = [name for name, _, _ in self.inputs]
         if len(args) != len(names):
             raise ArgsError(f"the ONNX model takes {len(names)} inputs ({', '.join(names)}), was given {len(args)}")
+        # Cast by NumPy: the verifier's float64 runs turn torch's casts to float32 into casts to float64.
         feed = {
-            name: (a.float() if kind == "tensor(float)" else a).detach().cpu().numpy()
+            name: a.detach().cpu().numpy().astype(_ONNX_DTYPES.get(kind, "float32"))
             for (name, _, kind), a in zip(self.inputs, args, strict=True)
         }
+        # The verifier also runs models in float64, and compares dtypes: give back what came in.
+        given = next((a.dtype for a in args if a.is_floating_point()), None)
         out = tuple(torch.from_numpy(o) for o in self._session.run(None, feed))
+        out = tuple(o.to(given) if given is not None and o.is_floating_point() else o for o in out)
         return out[0] if len(out) == 1 else out
 
 
@@ -264,7 +282,7 @@ def _hf(name: str, keywords: dict[str, Any], weights: str | None) -> Source:
     transformers = _need("transformers", "hf")
     if weights is not None:
         raise FxconvError("hf: builds a model from its config, without weights: leave --weights away")
-    cls = getattr(transformers, name, None)
+    cls: Any = getattr(transformers, name, None)
     if not inspect.isclass(cls):
         raise FxconvError(f"transformers has no class {name!r}: {_close(name, dir(transformers))}")
     config_class = cls if issubclass(cls, transformers.PreTrainedConfig) else getattr(cls, "config_class", None)
@@ -273,7 +291,7 @@ def _hf(name: str, keywords: dict[str, Any], weights: str | None) -> Source:
     config = config_class(**keywords)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache in the output is state, not a result
-    model = transformers.AutoModel.from_config(config) if cls is config_class else cls(config)
+    model: nn.Module = transformers.AutoModel.from_config(config) if cls is config_class else cls(config)
     randomise(model)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(config, "image_size", None) or 224
@@ -326,10 +344,10 @@ def _onnx(path: str) -> Source:
     if not Path(path).is_file():
         raise FxconvError(f"there is no file {path!r}")
     model = OnnxModel(path)
-    dtypes = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool", "tensor(double)": "float64"}
     shapes = [
         # A dim with a name is dynamic: 2 is the smallest size that is not special.
-        "x".join(str(s if isinstance(s, int) else 2) for s in shape) + f":{dtypes.get(kind, 'float32')}"
+        "x".join(str(s if isinstance(s, int) else 2) for s in shape)
+        + f":{_ONNX_DTYPES.get(kind, 'float32')}"
         for _, shape, kind in model.inputs
     ]
     return Source(path, model, parse_inputs(",".join(shapes)))
