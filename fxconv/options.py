@@ -41,8 +41,9 @@ _DIMS = {"auto": "AUTO", "dynamic": "DYNAMIC", "static": "STATIC"}
 def nearest(value: object, known: Iterable[str]) -> str:
     """A sentence that lists the known names, the nearest first where one is near: "did you mean 'macs'? Known: …"."""
     names = list(known)
-    close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
+    hint = f"did you mean {by_lower[close[0]]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
 
 

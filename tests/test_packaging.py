@@ -1,4 +1,4 @@
-"""The package as others get it: `passes/` is `fxconv.passes`, installed editable or plainly, and never a second copy."""
+"""The package as others get it: `passes/` is `fxconv.passes`, editable or plainly installed, and never loaded twice."""
 
 from __future__ import annotations
 
