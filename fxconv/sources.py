@@ -121,8 +121,8 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
 
     Freshly built models hide errors: BatchNorm statistics of 0 and 1 fold to nothing, a zero-initialised head makes
     every output 0, ConvNeXt's LayerScale of 1e-6 makes any mistake behind it invisible. BatchNorm gets mean ~ N(0, .3),
-    var ~ U(.5, 2), weight ~ U(.5, 1.5), bias ~ N(0, .3); other parameters whose entries are nearly equal become U(.5, 1.5)
-    (vectors called weight, scale or gamma), N(0, .1) (other vectors) or N(0, 1 / fan-in) (the rest).
+    var ~ U(.5, 2), weight ~ U(.5, 1.5), bias ~ N(0, .3); other parameters whose entries are nearly equal become
+    U(.5, 1.5) (vectors called weight, scale or gamma), N(0, .1) (other vectors) or N(0, 1 / fan-in) (the rest).
     """
     generator = torch.Generator().manual_seed(seed)
 
