@@ -86,9 +86,9 @@ def test_editable_install_imports_from_anywhere(checkout: Path, tmp_path: Path) 
     expected = [checkout / "passes" / "__init__.py", checkout / "fxconv" / "pipelines" / "__init__.py"]
     for cwd in (tmp_path, checkout, checkout / "tests", checkout / "passes"):
         cwd.mkdir(exist_ok=True)
-        # -S: without this environment's own fxconv; its other packages come by path.
-        others = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
-        out = checked(sys.executable, "-S", "-c", enter + IMPORT, cwd=cwd, PYTHONPATH=others).split()
+        # -S: without this environment's own fxconv; its other packages come by path, after the finder of this install.
+        path = os.pathsep.join([str(site), *(p for p in sys.path if p.endswith("site-packages"))])
+        out = checked(sys.executable, "-S", "-c", enter + IMPORT, cwd=cwd, PYTHONPATH=path).split()
         assert [Path(p) for p in out] == expected, cwd
 
 
