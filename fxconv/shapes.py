@@ -1,0 +1,249 @@
+"""Example inputs: which dims are dynamic, a batch that export does not specialise, guesses where none are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+
+from fxconv.errors import ArgsError
+
+
+def all_dynamic(value: Any, dims: str = "all") -> Any:
+    """``dynamic_shapes`` for one argument: ``Dim.AUTO`` on every dim (or on dim 0 only, ``dims="batch"``)."""
+
+    def spec(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        count = leaf.dim() if dims == "all" else min(1, leaf.dim())
+        return {i: Dim.AUTO for i in range(count) if dims == "all" or leaf.shape[i] > 1} or None
+
+    return pytree.tree_map(spec, value)
+
+
+def needs_doubling(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> bool:
+    """Whether some tensor has a batch (dim 0) of 1, which export would specialise to 1.
+
+    With ``dynamic_shapes`` from the caller only the dims 0 that it makes dynamic count.
+    """
+    return any(a is not b for a, b in zip(*_leaves(args, kwargs, dynamic_shapes), strict=True))
+
+
+def doubled(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> tuple[Any, Any]:
+    """The inputs with every batch of 1 repeated to 2."""
+    _, new = _leaves(args, kwargs, dynamic_shapes)
+    _, spec = pytree.tree_flatten((args, kwargs))
+    new_args, new_kwargs = pytree.tree_unflatten(new, spec)
+    return new_args, new_kwargs
+
+
+def _leaves(args: Any, kwargs: Any, dynamic_shapes: Any) -> tuple[list[Any], list[Any]]:
+    leaves, _ = pytree.tree_flatten((args, kwargs))
+    allowed = _dynamic_batch(args, kwargs, dynamic_shapes)
+    new = []
+    for leaf, dynamic in zip(leaves, allowed, strict=True):
+        if dynamic and isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 and leaf.shape[0] == 1:
+            leaf = leaf.detach().expand(2, *leaf.shape[1:]).contiguous()
+        new.append(leaf)
+    return leaves, new
+
+
+def _dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[bool]:
+    """Per leaf: whether dim 0 may be dynamic."""
+    leaves, _ = pytree.tree_flatten((args, kwargs))
+    if dynamic_shapes is None:
+        return [True] * len(leaves)
+    specs = list(dynamic_shapes.values()) if isinstance(dynamic_shapes, dict) else list(dynamic_shapes)
+    values = [*args, *kwargs.values()]
+    if len(specs) != len(values):
+        return [False] * len(leaves)
+    found: list[bool] = []
+    for value, spec in zip(values, specs, strict=True):
+        count = len(pytree.tree_leaves(value))
+        if isinstance(value, torch.Tensor):
+            first = spec.get(0) if isinstance(spec, dict) else spec[0] if spec else None
+            found.append(first is not None and not isinstance(first, int) and first is not Dim.STATIC)
+        else:
+            found += [False] * count
+    return found
+
+
+def distinct(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The inputs with no tensor twice: export merges placeholders that are given the same object."""
+    seen: set[int] = set()
+
+    def once(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in seen:
+                return leaf.detach().clone()
+            seen.add(id(leaf))
+        return leaf
+
+    new_args, new_kwargs = pytree.tree_map(once, (args, kwargs))
+    return new_args, new_kwargs
+
+
+def cloned(value: Any) -> Any:
+    """A deep copy of the tensors in ``value``, so that a run cannot change the caller's inputs."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+# ----------------------------------------------------------------- shapes of a module-dialect graph
+
+
+class _Propagate(fx.Interpreter):
+    """Runs the graph on fake tensors and records each value in ``meta["val"]``."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        node.meta["val"] = result
+        return result
+
+
+def propagate(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, dynamic: Any = "all"
+) -> FakeTensorMode:
+    """Fill ``meta["val"]`` of every node, with SymInts for dynamic dims.
+
+    ``dynamic`` is "all", "batch", "none", or a ``dynamic_shapes`` structure as for ``torch.export``. Raises whatever the
+    graph raises on these inputs.
+    """
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+    flat = _bind(gm, args, kwargs or {})
+    specs = _specs(gm, flat, dynamic)
+    fakes = [_fake(mode, value, spec) for value, spec in zip(flat, specs, strict=True)]
+    with mode, torch.no_grad():
+        _Propagate(gm, mode).run(*fakes)
+    return mode
+
+
+def _bind(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values: list[Any] = list(args)
+    for node in placeholders[len(args) :]:
+        if str(node.target) in kwargs:
+            values.append(kwargs[str(node.target)])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise ArgsError(f"missing argument {node.target!r}")
+    return values
+
+
+def _specs(gm: fx.GraphModule, flat: list[Any], dynamic: Any) -> list[Any]:
+    if isinstance(dynamic, str):
+        return [dynamic] * len(flat)
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    if isinstance(dynamic, dict):
+        return [dynamic.get(name) for name in names]
+    given = list(dynamic)
+    return given + [None] * (len(flat) - len(given))
+
+
+def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return pytree.tree_map(lambda v: _fake(mode, v, spec) if isinstance(v, torch.Tensor) else v, value)
+    dims = []
+    for i, size in enumerate(value.shape):
+        if spec == "all":
+            dynamic = size > 1
+        elif spec == "batch":
+            dynamic = i == 0 and size > 1
+        else:
+            chosen = spec.get(i) if isinstance(spec, dict) else spec[i] if isinstance(spec, (list, tuple)) else None
+            dynamic = chosen is not None and not isinstance(chosen, int) and chosen is not Dim.STATIC
+        dims.append(DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC)
+    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    return mode.from_tensor(value.detach(), symbolic_context=context)
+
+
+def pinned_symbols(environment: ShapeEnv) -> set[Any]:
+    """Symbols that an equality guard ties to a number without solving it (``4·(h − 2)·(w − 2) = 144``)."""
+    import sympy
+
+    pinned: set[Any] = set()
+    for guard in environment.guards:
+        expr = guard.expr
+        if isinstance(expr, sympy.Eq):
+            expr = expr.subs(environment.replacements)
+            if isinstance(expr, sympy.Eq) and (expr.lhs.is_number or expr.rhs.is_number):
+                pinned |= expr.free_symbols
+    return pinned
+
+
+# ----------------------------------------------------------------- guesses
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Plausible positional inputs for ``model``, most likely first, from its first layer with weights."""
+    count = _required_inputs(model)
+    first = next((m for m in model.modules() if _has_weight(m)), None)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for shape, integer in _shapes(model, first):
+        if integer:
+            value = torch.zeros(shape, dtype=torch.long, device=device)
+        else:
+            value = torch.zeros(shape, dtype=dtype, device=device)
+        yield tuple(value.clone() for _ in range(count))
+
+
+def _has_weight(module: nn.Module) -> bool:
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.modules.batchnorm._NormBase, nn.LayerNorm)
+    return isinstance(module, kinds)
+
+
+def _required_inputs(model: nn.Module) -> int:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return max(1, len(required))
+
+
+def _shapes(model: nn.Module, first: nn.Module | None) -> Iterator[tuple[tuple[int, ...], bool]]:
+    sides = (224, 64, 32, 28, 256, 299, 384, 96, 128, 16, 8, 7, 4)
+    if isinstance(first, nn.modules.conv._ConvNd):
+        rank = len(first.kernel_size)
+        lengths = {1: (1024, 100, 128, 64, 16000), 2: sides, 3: (16, 32, 8)}[rank]
+        for side in lengths:
+            yield (2, first.in_channels, *[side] * rank), False
+    elif isinstance(first, nn.Linear):
+        features = first.in_features
+        yield (2, features), False
+        yield (2, 1, features), False
+        yield (2, 5, features), False
+        for channels in (3, 1):
+            side = round((features / channels) ** 0.5)
+            if channels * side * side == features:
+                yield (2, channels, side, side), False
+        for side in sides:  # patches: c · p · p features from an image
+            yield (2, 3, side, side), False
+    elif isinstance(first, nn.Embedding):
+        yield (2, 16), True
+    elif isinstance(first, nn.modules.batchnorm._NormBase):
+        for side in sides:
+            yield (2, first.num_features, side, side), False
+        yield (2, first.num_features), False
+        yield (2, first.num_features, 100), False
+    elif isinstance(first, nn.LayerNorm):
+        yield (2, 5, *first.normalized_shape), False
+    else:
+        for side in sides:
+            yield (2, 3, side, side), False
+        yield (2, 16), False
