@@ -318,22 +318,44 @@ def _compose_numbers(
     return out
 
 
-def compose(outer: Map, inner: Map, between: View | None = None) -> Value | str:
-    """``outer ∘ between ∘ inner`` in normal form, or the reason why it is not one map."""
+@dataclass(frozen=True)
+class Meeting:
+    """Two maps, the view between them resolved: input slot k of ``outer`` is output slot ``perm[k]`` of ``inner``.
+
+    Attributes:
+        in_splits: how the inner operand's slots split into the inner map's input slots.
+        out_splits: how the result's slots group the first ``count`` output slots of ``outer``; the others have size 1
+            and are dropped.
+    """
+
+    outer: Raw
+    perm: tuple[int, ...]
+    inner: Raw
+    in_splits: Splits
+    out_splits: Splits
+    count: int
+
+
+def meet(outer: Map, inner: Map, between: View | None = None) -> Meeting | str:
+    """Refine two maps until each input slot of the outer one is an output slot of the inner one, or say why not."""
     if between is None:
-        between = View(Value(inner), tuple((s,) for s in raw(inner).out_sizes), tuple((i,) for i in range(len(inner.roles))))
-    refined1 = refine(raw(inner), None, between.splits)
+        sizes = raw(inner).out_sizes
+        between_splits: Splits = tuple((s,) for s in sizes)
+        groups: tuple[tuple[int, ...], ...] = tuple((i,) for i in range(len(sizes)))
+    else:
+        between_splits, groups = between.splits, between.groups
+    refined1 = refine(raw(inner), None, between_splits)
     if isinstance(refined1, str):
         return refined1
     m1, in_splits, out_splits = refined1
-    if out_splits != between.splits:
+    if out_splits != between_splits:
         return "a kept axis is split more finely than the view between the two maps"
-    atoms = between.atoms
-    refined2 = refine(raw(outer), tuple(tuple(atoms[a] for a in g) for g in between.groups), None)
+    atoms = tuple(s for split in between_splits for s in split)
+    refined2 = refine(raw(outer), tuple(tuple(atoms[a] for a in g) for g in groups), None)
     if isinstance(refined2, str):
         return refined2
     m2, _, splits2 = refined2
-    order = [a for g in between.groups for a in g]
+    order = [a for g in groups for a in g]
     dropped = [a for a in range(len(atoms)) if a not in order]
     if len(m2.in_sizes) != len(order):
         return "a window slides along an axis of size 1 that has no slot"
@@ -342,12 +364,20 @@ def compose(outer: Map, inner: Map, between: View | None = None) -> Value | str:
         # Size-1 slots of the inner map that the outer one doesn't see pass by it as kept slots.
         extra = tuple(Kept(len(order) + k) for k in range(len(dropped)))
         m2 = Raw((*m2.in_sizes, *(atoms[a] for a in dropped)), (*m2.roles, *extra), m2.kernel)
-    composed = compose_raw(m2, order + dropped, m1)
+    return Meeting(m2, (*order, *dropped), m1, in_splits, splits2, count)
+
+
+def compose(outer: Map, inner: Map, between: View | None = None) -> Value | str:
+    """``outer ∘ between ∘ inner`` in normal form, or the reason why it is not one map."""
+    m = meet(outer, inner, between)
+    if isinstance(m, str):
+        return m
+    composed = compose_raw(m.outer, m.perm, m.inner)
     if isinstance(composed, str):
         return composed
-    x = as_value(split_view(inner.x, in_splits))
+    x = as_value(split_view(inner.x, m.in_splits))
     out = normal(x, composed.roles, composed.kernel)
-    return regroup(out, splits2, count)
+    return regroup(out, m.out_splits, m.count)
 
 
 def regroup(out: Value, splits: Splits, count: int) -> Value:

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, is_static, same, shape_of
+from fxconv.axes import Size, is_static, product, same, shape_of
 from fxconv.expr import Apply, Const, Kept, New, Role, Shared, Value
+from fxconv.plan import Chain, Layout, Step
 from fxconv.refs import (
     LiftError,
     Ref,
@@ -23,6 +24,7 @@ from fxconv.refs import (
 )
 
 if TYPE_CHECKING:
+    from fxconv.emit import Emitter
     from fxconv.lift import Lifter
     from fxconv.spelling import Op, Operand
 
@@ -315,6 +317,32 @@ class Nonlinear:
     @property
     def name(self) -> str:
         return self.op.name
+
+    def _arranged(self, x: Value, layout: Layout) -> Chain:
+        """The operand in the dims that the operator expects; an activation takes any."""
+        chain = Chain(x.sizes, layout)
+        if self.op.name not in ("relu", "leaky_relu"):
+            chain.to(self.dims)
+        return chain
+
+    def layout(self, node: Apply, layout: Layout) -> Layout:
+        return self._arranged(node.x, layout).layout
+
+    def steps(self, node: Apply, layout: Layout) -> list[Step]:
+        """The steps that applying the operator to a tensor in some layout takes."""
+        chain = self._arranged(node.x, layout)
+        out = tuple(product([node.sizes[s] for s in g]) for g in chain.layout)
+        return [*chain.steps, Step("apply", chain.shape(), out)]
+
+    def emit(self, node: Apply, x: fx.Node, layout: Layout, emitter: Emitter) -> tuple[fx.Node, Layout]:
+        """Write the operator again, on another operand."""
+        chain = self._arranged(node.x, layout)
+        for step in chain.steps:
+            x = emitter.writer.write(step, x)
+        shape = chain.shape()
+        if len(x.meta["val"].shape) != len(shape):
+            x = emitter.writer.write(Step("reshape", shape, shape), x)
+        return emitter.writer.again(emitter.twins[self.node], emitter.twins[self.op.inputs[0]], x), chain.layout
 
 
 def operand_constant(lifter: Lifter, operand: Operand, what: str) -> kernels.Kernel:

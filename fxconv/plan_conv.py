@@ -242,16 +242,9 @@ def _emit_transposed(
             output_padding.append(extra)
             crops.append((0, 0))
         elif extra < 0:
-            # Too much would come out: take padding off both ends and crop.
-            less = min(pad, -(extra // 2))
-            extra += 2 * less
-            if less * 2 + (extra - 2 * less) < 0 and less < pad:
-                return False
-            padding.append(pad - less)
+            padding.append(pad)
             output_padding.append(0)
-            crops.append((less, extra - less))
-            if extra - less > 0:
-                return False
+            crops.append((0, extra))
         else:
             return False
     _, _, _, *taps = (int(s) for s in k.shape)

@@ -7,3 +7,29 @@ if __name__ == "passes":
         "these are fxconv's laws, imported as `fxconv.passes`: write `import fxconv.passes` (after `pip install -e .` "
         "in the checkout). Loaded as top-level `passes` they would be a second copy that fxconv does not know."
     )
+
+from fxconv.law import Law
+from fxconv.passes import (
+    commute,
+    compose,
+    distribute,
+    flatten_sums,
+    homogeneity,
+    merge_branches,
+    merge_siblings,
+    restate,
+)
+
+LAWS: tuple[Law, ...] = (
+    compose.law,
+    distribute.law,
+    flatten_sums.law,
+    merge_branches.law,
+    commute.law,
+    homogeneity.law,
+    merge_siblings.law,
+    restate.law,
+)
+"""Every law that `transform` uses by default, in the order in which it is tried."""
+
+BY_NAME: dict[str, Law] = {law.name: law for law in LAWS}

@@ -1,0 +1,292 @@
+"""Branches: maps of one base value with the views around them resolved, and their sum as one map."""
+
+from __future__ import annotations
+
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fxconv import kernel as kernels
+from fxconv.algebra import Raw, Splits, as_value, normal, raw, refine, regroup
+from fxconv.axes import common_refinement, is_static
+from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, View, Window, identity_map, split_view
+from fxconv.kernel import Kernel
+from fxconv.window import Filter
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``out = regroup(map(split(base)))``: a raw map from atoms of a base value to atoms of the result.
+
+    Attributes:
+        base: the value that the branch reads.
+        map: the map, its input slots the atoms of the base's slots in order, its output slots those of the result's.
+        in_splits, out_splits: which atoms make up each slot of the base and of the result.
+    """
+
+    base: Value
+    map: Raw
+    in_splits: Splits
+    out_splits: Splits
+
+
+def as_branch(t: Value) -> Iterator[Branch]:
+    """The ways to read a value as a branch: as a map of its operand, and as itself."""
+    outer = t.node if isinstance(t.node, View) else None
+    inner = outer.x if outer is not None else t
+    if isinstance(inner.node, Map):
+        found = _branch(inner.node, outer)
+        if found is not None:
+            yield found
+    own = _branch(identity_map(inner), outer)
+    if own is not None:
+        yield own
+
+
+def _branch(m: Map, outer: View | None) -> Branch | None:
+    out_splits: Splits = tuple((s,) for s in raw(m).out_sizes)
+    refined = refine(raw(m), None, outer.splits if outer is not None else out_splits)
+    if isinstance(refined, str):
+        return None
+    fine, in_splits, splits = refined
+    result_splits: Splits = splits
+    if outer is not None:
+        if splits != outer.splits:
+            return None
+        order = [a for g in outer.groups for a in g]
+        atoms = outer.atoms
+        result_splits = tuple(tuple(atoms[a] for a in g) for g in outer.groups)
+        if len(order) != len(atoms):
+            return None
+        fine = _permute_outs(fine, order)
+    base = m.x
+    # The map's input slots (after the refinement above) split into the atoms of the base's view.
+    if isinstance(base.node, View):
+        v = base.node
+        atoms = v.atoms
+        if any(len(s) != 1 for s in in_splits):
+            return None
+        again = refine(fine, tuple(tuple(atoms[a] for a in g) for g in v.groups), None)
+        if isinstance(again, str):
+            return None
+        fine, _, out_again = again
+        order = [a for g in v.groups for a in g]
+        if sorted(order) != list(range(len(atoms))) or len(fine.in_sizes) != len(order):
+            return None
+        fine = permute_ins(fine, order)
+        flat = iter(out_again)
+        result_splits = tuple(tuple(s for _ in split for s in next(flat)) for split in result_splits)
+        in_splits, base = v.splits, v.x
+    return Branch(base, fine, in_splits, result_splits)
+
+
+def _permute_outs(m: Raw, order: Sequence[int]) -> Raw:
+    roles = tuple(m.roles[o] for o in order)
+    axes = m.axes()
+    before = {key: i for i, key in enumerate(axes)}
+    new_axes = [("out", o) for o in order if ("out", o) in before] + [key for key in axes if key[0] == "in"]
+    return Raw(m.in_sizes, roles, kernels.permute(m.kernel, [before[key] for key in new_axes]))
+
+
+def permute_ins(m: Raw, order: Sequence[int]) -> Raw:
+    """Rename input slots: old slot k becomes slot ``order[k]``."""
+    sizes = [m.in_sizes[0]] * len(order)
+    for k, o in enumerate(order):
+        sizes[o] = m.in_sizes[k]
+    roles: list[Role] = []
+    for r in m.roles:
+        if isinstance(r, New):
+            roles.append(r)
+        elif isinstance(r, Window):
+            roles.append(Window(order[r.src], r.filter, r.size))
+        elif isinstance(r, Resample):
+            roles.append(Resample(order[r.src], r.kind, r.parameters, r.size))
+        else:
+            roles.append(type(r)(order[r.src]))
+    outs = sum(key[0] == "out" for key in m.axes())
+    columns = sorted(range(len(m.contracted)), key=lambda i: order[m.contracted[i]])
+    return Raw(tuple(sizes), tuple(roles), kernels.permute(m.kernel, [*range(outs), *(outs + i for i in columns)]))
+
+
+def merge(branches: Sequence[Branch]) -> Value | str:
+    """The sum of branches of one base as one map in normal form, or the reason why it isn't one."""
+    base = branches[0].base
+    refined = _to_common_atoms(branches)
+    if isinstance(refined, str):
+        return refined
+    raws, in_splits, out_splits = refined
+    unified = unify(raws)
+    if isinstance(unified, str):
+        return unified
+    roles, summed = unified
+    x = as_value(split_view(base, in_splits))
+    out = normal(x, roles, kernels.add(summed))
+    return regroup(out, out_splits, sum(map(len, out_splits)))
+
+
+def _to_common_atoms(branches: Sequence[Branch]) -> tuple[list[Raw], Splits, Splits] | str:
+    ins, outs = list(branches[0].in_splits), list(branches[0].out_splits)
+    raws = [b.map for b in branches]
+    have = [(b.in_splits, b.out_splits) for b in branches]
+    for _ in range(4):
+        for i_splits, o_splits in have:
+            for joint, mine in ((ins, i_splits), (outs, o_splits)):
+                for k, split in enumerate(mine):
+                    fine = common_refinement(joint[k], split)
+                    if fine is None:
+                        return f"branches split an axis as {joint[k]} and {split}"
+                    joint[k] = fine if fine else joint[k]
+        done = True
+        for n, (i_splits, o_splits) in enumerate(have):
+            if all(a == b for a, b in zip(i_splits, ins, strict=True)) and all(
+                a == b for a, b in zip(o_splits, outs, strict=True)
+            ):
+                continue
+            done = False
+            result = refine(raws[n], _relative(i_splits, ins), _relative(o_splits, outs))
+            if isinstance(result, str):
+                return result
+            raws[n], fine_in, fine_out = result
+            have[n] = (_regroup_splits(i_splits, fine_in), _regroup_splits(o_splits, fine_out))
+        if done:
+            return raws, tuple(ins), tuple(outs)
+    return "branches have no common axes"
+
+
+def _relative(mine: Splits, joint: Sequence[tuple]) -> Splits:  # type: ignore[type-arg]
+    from fxconv.axes import split_like
+
+    out = []
+    for split, fine in zip(mine, joint, strict=True):
+        parts = split_like(split, fine)
+        out.extend(parts if parts is not None else [(s,) for s in split])
+    return tuple(out)
+
+
+def _regroup_splits(old: Splits, fine: Splits) -> Splits:
+    flat = iter(fine)
+    return tuple(tuple(s for _ in split for s in next(flat)) for split in old)
+
+
+def unify(raws: Sequence[Raw]) -> tuple[tuple[Role, ...], list[Kernel]] | str:
+    """Common roles for maps between the same slots, and each map's kernel for them; or why there are none."""
+    raws = list(raws)
+    count = len(raws[0].roles)
+    for _ in range(count + 1):
+        dense: set[int] = set()
+        for o in range(count):
+            roles = [m.roles[o] for m in raws]
+            sources = {r.src for r in roles if not isinstance(r, New)}
+            kinds = {type(r) for r in roles}
+            if Resample in kinds:
+                if len(set(roles)) > 1:
+                    return "resampling beside another branch"
+            elif New in kinds and kinds != {New} or len(sources) > 1:
+                if Window in kinds:
+                    return "a window beside a contraction of the same axis"
+                dense.add(o)
+        if not dense and len({m.contracted for m in raws}) > 1:
+            every = {i for m in raws for i in m.contracted}
+            for m in raws:
+                dense |= {o for o, r in enumerate(m.roles) if isinstance(r, (Kept, Shared)) and r.src in every}
+                if any(isinstance(r, (Window, Resample)) and r.src in every for r in m.roles):
+                    return "a window beside a contraction of the same axis"
+            if not dense:
+                return "branches contract different axes"
+        if not dense:
+            break
+        for n, m in enumerate(raws):
+            for o in sorted(dense):
+                if isinstance(m.roles[o], (Kept, Shared)):
+                    if not is_static(m.in_sizes[m.roles[o].src]):  # type: ignore[union-attr]
+                        return f"an axis of dynamic size {m.in_sizes[m.roles[o].src]} beside a contraction"  # type: ignore[union-attr]
+                    m = densify(m, o)
+            raws[n] = m
+    roles_out: list[Role] = []
+    for o in range(count):
+        roles = [m.roles[o] for m in raws]
+        kinds = {type(r) for r in roles}
+        if Window in kinds:
+            joined = _common_window(roles)
+            if isinstance(joined, str):
+                return joined
+            src = next(r.src for r in roles if isinstance(r, Window))
+            size = next(r.size for r in roles if isinstance(r, Window))
+            for n, m in enumerate(raws):
+                raws[n] = _widen(m, o, Window(src, joined, size))
+            roles_out.append(Window(src, joined, size))
+        elif kinds == {Kept, Shared}:
+            src = next(r.src for r in roles if isinstance(r, Shared))
+            for n, m in enumerate(raws):
+                raws[n] = share(m, o)
+            roles_out.append(Shared(src))
+        else:
+            roles_out.append(roles[0])
+    return tuple(roles_out), [m.kernel for m in raws]
+
+
+def _insert_axis(m: Raw, o: int, role: Role, size: int) -> Raw:
+    """Give output slot ``o`` (kept) a role with a kernel axis, equal along it."""
+    roles = (*m.roles[:o], role, *m.roles[o + 1 :])
+    position = sum(not isinstance(r, (Kept, Resample)) for r in m.roles[:o])
+    shape = list(m.kernel.shape)
+    k = kernels.reshape(m.kernel, [*shape[:position], 1, *shape[position:]])
+    return Raw(m.in_sizes, roles, kernels.expand(k, [*shape[:position], size, *shape[position:]]))
+
+
+def share(m: Raw, o: int) -> Raw:
+    """A kept slot as a shared one (the kernel is equal along it)."""
+    role = m.roles[o]
+    if not isinstance(role, Kept):
+        return m
+    return _insert_axis(m, o, Shared(role.src), int(m.in_sizes[role.src]))
+
+
+def densify(m: Raw, o: int) -> Raw:
+    """A kept or shared slot as a contraction with a diagonal kernel."""
+    m = share(m, o)
+    role = m.roles[o]
+    assert isinstance(role, Shared)
+    axes = m.axes()
+    k = kernels.diagonal(m.kernel, axes.index(("out", o)))
+    roles = (*m.roles[:o], New(m.in_sizes[role.src]), *m.roles[o + 1 :])
+    out = Raw(m.in_sizes, roles, k)
+    # The new column axis is last; contracted slots come in ascending order.
+    order = [axes.index(key) if key in axes else len(axes) for key in out.axes()]
+    return Raw(m.in_sizes, roles, kernels.permute(k, order))
+
+
+def _common_window(roles: Sequence[Role]) -> Filter | str:
+    filters = [r.filter if isinstance(r, Window) else Filter() for r in roles]
+    if len({(f.up, f.down) for f in filters}) > 1:
+        return f"windows with different strides {sorted({(f.up, f.down) for f in filters})}"
+    first = filters[0]
+    lo = min(-f.offset for f in filters)
+    hi = max((f.taps - 1) * f.dilation - f.offset for f in filters)
+    step = 0
+    for f in filters:
+        step = math.gcd(step, -f.offset - lo)
+        if f.taps > 1:
+            step = math.gcd(step, f.dilation)
+    step = step or 1
+    extent = first.extent
+    return Filter(first.up, first.down, (hi - lo) // step + 1, step, -lo, extent)
+
+
+def _widen(m: Raw, o: int, window: Window) -> Raw:
+    role = m.roles[o]
+    if isinstance(role, Kept):
+        m = _insert_axis(m, o, Window(role.src, Filter(), window.size), 1)
+        old = Filter()
+    else:
+        assert isinstance(role, Window)
+        old = role.filter
+    new = window.filter
+    position = m.axes().index(("out", o))
+    start = (new.offset - old.offset) // new.dilation
+    step = old.dilation // new.dilation if old.taps > 1 else 1
+    k = kernels.placed(m.kernel, position, new.taps, start, step)
+    return Raw(m.in_sizes, (*m.roles[:o], window, *m.roles[o + 1 :]), k)
+
+

@@ -1,0 +1,221 @@
+"""Expressions back to fx nodes: every value that the search redefined is written at the place of the node it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
+from fxconv.kernel import Kernel
+from fxconv.plan import Chain, Layout, Step, plan_view
+from fxconv.state import State
+from fxconv.sums import plan_sum
+from fxconv.writer import Writer
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One rewrite: a value of the original graph that is now computed otherwise.
+
+    Attributes:
+        value: the value.
+        node: the original node's name (in the captured graph).
+        result: the new node's name (in the emitted graph).
+        new_nodes: names of the nodes written for it.
+        reads: values of the original graph that the new nodes read.
+    """
+
+    value: Value
+    node: str
+    result: str
+    new_nodes: tuple[str, ...]
+    reads: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A rewritten graph: its clusters, and the float64 kernel behind each new parameter."""
+
+    gm: fx.GraphModule
+    clusters: tuple[Cluster, ...]
+    parameters: dict[str, Kernel]
+
+
+class Emitter:
+    """Writes the state's redefined values into a copy of the captured graph."""
+
+    def __init__(self, state: State, gm: fx.GraphModule, twins: dict[fx.Node, fx.Node], dialect: str) -> None:
+        """
+        Args:
+            state: the searched state.
+            gm: a copy of the captured graph module, to be changed.
+            twins: the copy's node for each node of the captured graph.
+            dialect: "aten" or "module".
+        """
+        self.state, self.gm, self.twins = state, gm, twins
+        requires_grad = any(p.requires_grad for p in gm.parameters()) if any(True for _ in gm.parameters()) else False
+        self.writer = Writer(gm, dialect, self._fresh_name, requires_grad)
+        self.tensors: dict[Value, tuple[fx.Node, Layout]] = {}
+        self.reads: dict[Value, None] = {}
+
+    def _fresh_name(self, wanted: str) -> str:
+        name, count = wanted, 0
+        while hasattr(self.gm, name):
+            count += 1
+            name = f"{wanted}_{count}"
+        return name
+
+    def run(self) -> Emitted:
+        state, clusters = self.state, []
+        producers = state.lifter.lifted.producers
+        changed = [(v, n) for v, n in producers.items() if v in state.uses and not state.unchanged(v)]
+        order = {n: i for i, n in enumerate(self.twins)}
+        for v, original in sorted(changed, key=lambda c: order[c[1]]):
+            clusters.append(self._emit_cluster(v, original))
+        for c in clusters:
+            old = self.twins[state.originals[c.value].node]
+            new = next(n for n in self.gm.graph.nodes if n.name == c.result)
+            old.replace_all_uses_with(new, delete_user_cb=lambda u, new=new: u is not new)
+        self._clean()
+        alive = {n.name for n in self.gm.graph.nodes}
+        kept = [
+            Cluster(c.value, c.node, c.result, tuple(n for n in c.new_nodes if n in alive), c.reads) for c in clusters
+        ]
+        return Emitted(self.gm, tuple(kept), self.writer.parameters)
+
+    def _clean(self) -> None:
+        self.gm.graph.eliminate_dead_code()
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+    def _emit_cluster(self, v: Value, original: fx.Node) -> Cluster:
+        twin = self.twins[original]
+        w = self.writer
+        val = original.meta["val"]
+        w.base = f"{_stem(original)}_fused"
+        w.dtype, w.device = val.dtype, val.device
+        w.written = []
+        w.meta = {
+            key: original.meta[key] for key in ("stack_trace", "nn_module_stack", "source_fn_stack") if key in original.meta
+        }
+        w.meta["fxconv_replaces"] = original.name
+        mode = getattr(val, "fake_mode", None)
+        if mode is not None:
+            w.meta["fake_mode"] = mode
+        self.reads = {}
+        with self.gm.graph.inserting_before(twin):
+            node, layout = self._emit(v)
+            node = self._in_dims(v, node, layout, original)
+            if node in self.twins.values():
+                # An alias of another node: give the rewrite a node of its own name by a view.
+                node = w.call(torch.ops.aten.alias.default, node) if w.dialect == "aten" else node
+        names = tuple(n.name for n in w.written)
+        return Cluster(v, original.name, node.name, names, tuple(self.reads))
+
+    def _in_dims(self, v: Value, node: fx.Node, layout: Layout, original: fx.Node) -> fx.Node:
+        """The tensor in the dims that the original node's users expect."""
+        ref = self.state.lifter.lifted.refs[original]
+        chain = Chain(v.sizes, layout)
+        chain.to(ref.dims)
+        node = self._chain(chain.steps, node)
+        want = original.meta["val"]
+        if len(node.meta["val"].shape) != len(want.shape):
+            node = self.writer.write(Step("reshape", ref.shape, ref.shape), node)
+        if node.meta["val"].shape != want.shape:
+            from fxconv.axes import same, shape_of
+
+            have = shape_of(node.meta["val"])
+            if not all(same(a, b) for a, b in zip(have, ref.shape, strict=True)):
+                node = self.writer.write(Step("reshape", have, ref.shape), node)
+        return node
+
+    def _chain(self, steps: list[Step] | tuple[Step, ...], node: fx.Node) -> fx.Node:
+        for step in steps:
+            node = self.writer.write(step, node)
+        return node
+
+    def _emit(self, v: Value) -> tuple[fx.Node, Layout]:
+        """The tensor of a value: its node and layout, written if it is not there yet."""
+        state = self.state
+        found = self.tensors.get(v)
+        if found is not None:
+            if v in state.originals:
+                self.reads[v] = None
+            return found
+        if state.unchanged(v) or isinstance(v.node, Leaf):
+            self.reads[v] = None
+            producer = state.lifter.lifted.producers[v]
+            out = (self.twins[producer], state.lifter.lifted.refs[producer].dims)
+        elif isinstance(v.node, Sum):
+            out = self._emit_sum(v.node)
+        elif isinstance(v.node, Const):
+            k = v.node.kernel
+            shape = [s if f else 1 for s, f in zip(v.node.sizes, v.node.varies, strict=True)]
+            from fxconv import kernel as kernels
+
+            node = self.writer.parameter(kernels.reshape(k, shape), "constant")
+            node = self.writer.write(Step("expand", tuple(shape), v.sizes), node)
+            out = (node, tuple((i,) for i in range(v.rank)))
+        elif isinstance(v.node, Apply):
+            x, layout = self._emit(v.node.x)
+            out = v.node.op.emit(v.node, x, layout, self)
+        elif isinstance(v.node, View):
+            x, layout = self._emit(v.node.x)
+            plan = plan_view(v.node, layout)
+            out = (self._chain(plan.steps, x), plan.layout)
+        else:
+            out = self._emit_map(v, None)
+        self.tensors[v] = out
+        return out
+
+    def _emit_map(self, v: Value, bias: Const | None) -> tuple[fx.Node, Layout]:
+        assert isinstance(v.node, Map)
+        x, layout = self._emit(v.node.x)
+        self.state.layouts[v.node.x] = layout
+        plan = self.state.best_plan(v, bias)
+        if plan is None:
+            raise AssertionError(f"no operator computes {v}: {v.node.roles}")
+        return self._chain(plan.steps, x), plan.layout
+
+    def _emit_sum(self, node: Sum) -> tuple[fx.Node, Layout]:
+        state = self.state
+        plan = plan_sum(node, state.layout, state.alone)
+        total: fx.Node | None = None
+        constants: list[Step] = []
+        for part in plan.parts:
+            if part.kind == "const":
+                assert part.step is not None
+                constants.append(part.step)
+                continue
+            if part.kind == "cat":
+                xs = [self._chain(c, self._emit(x)[0]) for x, c in zip(part.values, part.chains, strict=True)]
+                assert part.step is not None
+                tensor = self.writer.cat(xs, part.step.attrs["dim"])
+            else:
+                t = part.values[0]
+                if part.bias is not None and isinstance(part.bias.node, Const):
+                    tensor = self._chain(part.chains[0], self._emit_map(t, part.bias.node)[0])
+                else:
+                    tensor = self._chain(part.chains[0], self._emit(t)[0])
+            total = tensor if total is None else self.writer.add(total, tensor)
+        for step in constants:
+            if total is None:
+                raise AssertionError("a sum of constants only")
+            total = self.writer.write(step, total)
+        assert total is not None
+        return total, plan.layout
+
+
+def _stem(node: fx.Node) -> str:
+    """A name that says where a node came from: its module's path where there is one."""
+    stack = node.meta.get("nn_module_stack")
+    if isinstance(stack, dict) and stack:
+        path = str(next(reversed(list(stack.values())))[0])
+        path = path.replace("L['self'].", "").replace("L['self']", "").strip(".")
+        if path:
+            return "".join(c if c.isalnum() else "_" for c in path).strip("_")
+    if node.op == "call_module":
+        return str(node.target).replace(".", "_")
+    return node.name

@@ -1,0 +1,74 @@
+"""The protocol of laws: pure functions from a value's expression to equal ones, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Union
+
+from fxconv.expr import Map, Value, View
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A law that looked at a candidate and did not apply.
+
+    Attributes:
+        reason: what stood in the way, with the offending value in it.
+        would_fire_if: what would make the law apply; "" where nothing would.
+    """
+
+    reason: str
+    would_fire_if: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a law may ask about a value's surroundings; it sees no fx node and changes nothing.
+
+    Attributes:
+        uses: how many users a value has at present.
+        users: the values that read a value at present.
+    """
+
+    uses: Callable[[Value], int]
+    users: Callable[[Value], list[Value]]
+
+
+Outcome = Union[Value, Refusal]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A named rewrite.
+
+    Attributes:
+        name: how options and the report call it.
+        apply: given a value and its surroundings, the equal values that the law proposes instead, and its refusals.
+            It must be pure, and exact over the reals: a proposal that is not equal is found by the verifier and
+            taken back.
+    """
+
+    name: str
+    apply: Callable[[Value, Context], Iterable[Outcome]]
+
+    def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:
+        yield from self.apply(v, context)
+
+
+def through_view(x: Value) -> tuple[View | None, Value]:
+    """A value as (view, what it views); (None, itself) where it is no view."""
+    if isinstance(x.node, View):
+        return x.node, x.node.x
+    return None, x
+
+
+def mapped_operand(v: Value) -> tuple[Map, View | None, Value] | None:
+    """A map with its operand, looked at through a view; None where v is not a map."""
+    if not isinstance(v.node, Map):
+        return None
+    view, x = through_view(v.node.x)
+    return v.node, view, x
+
+
+__all__ = ["Context", "Law", "Outcome", "Refusal", "mapped_operand", "through_view"]

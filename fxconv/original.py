@@ -1,0 +1,81 @@
+"""What the operators of the original graph cost, in the same steps that plans are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from fxconv.axes import Size, product, shape_of
+from fxconv.kernel import Kernel
+from fxconv.plan import Step
+
+if TYPE_CHECKING:
+    from fxconv.lift import Lifter
+    from fxconv.spelling import Op
+
+FREE = frozenset(
+    ("identity", "reshape", "permute", "expand", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tensor_unfold")
+)
+
+
+def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
+    """The steps that an operator stands for, as it is spelled."""
+    if op.name in FREE:
+        return []
+    shape = shape_of(node.meta["val"])
+    variable = [n for n in op.inputs if isinstance(n, fx.Node) and not lifter.is_constant(n)]
+    in_shape: tuple[Size, ...] = shape
+    if variable and isinstance(variable[0].meta.get("val"), torch.Tensor):
+        in_shape = shape_of(variable[0].meta["val"])
+    constants: tuple[Kernel, ...] = tuple(
+        lifter.kernel(n) for n in op.inputs if n is not None and not isinstance(n, (int, float)) and lifter.is_constant(n)
+    )
+    if op.name == "conv":
+        weight = constants[0]
+        taps = math.prod(int(s) for s in weight.shape[2:])
+        if op.attrs["transposed"]:
+            kind, macs = "conv_transpose", product([*in_shape, int(weight.shape[1]) * taps])
+        else:
+            kind, macs = "conv", product([*shape, int(weight.shape[1]) * taps])
+        return [Step(kind, in_shape, shape, constants, {"groups": op.attrs["groups"]}, macs)]
+    if op.name in ("linear", "matmul", "addmm", "einsum"):
+        if not constants:
+            return [Step("matmul", in_shape, shape)]
+        weight = max(constants, key=lambda k: len(k.shape))
+        rows = _contracted_size(weight, in_shape, shape)
+        macs = product([*shape, rows]) if rows else 0
+        return [Step("linear", in_shape, shape, constants, {}, macs)]
+    if op.name in ("batch_norm", "mul", "div", "neg"):
+        return [Step("scale", in_shape, shape, constants[:2])]
+    if op.name in ("add", "sub"):
+        if constants or len(variable) < 2:
+            return [Step("add_const", in_shape, shape, constants)]
+        return [Step("add", in_shape, shape)]
+    if op.name in ("slice", "select", "index"):
+        return [Step("slice", shape, shape)]
+    if op.name in ("cat", "stack", "roll"):
+        return [Step("cat", shape, shape)]
+    if op.name == "avg_pool":
+        return [Step("avg_pool", in_shape, shape, attrs={"kernel": tuple(op.attrs["kernel"])})]
+    if op.name in ("adaptive_avg_pool", "mean", "sum"):
+        return [Step("mean", in_shape, shape)]
+    if op.name == "interpolate":
+        kind = "nearest" if str(op.attrs["mode"]).startswith("nearest") else "interpolate"
+        return [Step(kind, in_shape, shape, attrs={"mode": op.attrs["mode"]})]
+    return [Step(op.name, in_shape, shape)]
+
+
+def _contracted_size(weight: Kernel, in_shape: tuple[Size, ...], shape: tuple[Size, ...]) -> Size:
+    """Multiply-adds per output element of a product with a constant: in·weight/out counted once each."""
+    out = shape[-1]
+    sizes = [s for s in weight.shape if s != 1]
+    if len(sizes) < 2:
+        return sizes[0] if sizes else 1
+    # A weight [O, I] or [I, O] (batched ones have more axes in front): what is not the output's last size.
+    a, b = sizes[-2], sizes[-1]
+    if b == out and b == in_shape[-1] and a != in_shape[-1]:
+        return a
+    return b if a == out else a

@@ -1,0 +1,179 @@
+"""The search: which laws are applied where, by cost.
+
+Best-first search over whole regions exhausts any budget, because independent choices multiply. Instead each value is
+looked at with its neighbourhood: a step that lowers the cost is taken at once; where there is none, steps that cost
+something on the way are tried to a small depth, each followed by the improving steps that it enables, and the best
+outcome is kept. Repeated until nothing changes. Deterministic: values are visited in graph order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fxconv.expr import Const, Leaf, Value, operands
+from fxconv.law import Context, Law, Refusal
+from fxconv.state import State
+
+logger = logging.getLogger("fxconv")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds of the search.
+
+    Attributes:
+        depth: how many steps that do not pay by themselves may be taken in a row.
+        beam: how many of them are followed per level.
+        trials: how many tentative steps one value may cause.
+        minimum_gain: the relative gain (of the value's neighbourhood) below which a step is not worth taking.
+    """
+
+    depth: int = 3
+    beam: int = 3
+    trials: int = 160
+    minimum_gain: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A candidate that was not taken: where, by which law, and why."""
+
+    value: Value
+    law: str
+    reason: str
+    would_fire_if: str = ""
+
+
+@dataclass
+class Search:
+    """One search over a state."""
+
+    state: State
+    laws: Sequence[Law]
+    budget: Budget = field(default_factory=Budget)
+    refusals: dict[tuple[int, str, str], Missed] = field(default_factory=dict)
+    applied: dict[Value, list[str]] = field(default_factory=dict)
+    _trials: int = 0
+
+    def __post_init__(self) -> None:
+        self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of)
+
+    def run(self) -> None:
+        """Rewrite until no value has a step that pays."""
+        queue = [v for v in self._order() if not isinstance(v.node, (Leaf, Const))]
+        queued = set(queue)
+        while queue:
+            v = queue.pop(0)
+            queued.discard(v)
+            if v not in self.state.uses:
+                continue
+            changed = self._improve(v)
+            for u in changed:
+                if u in self.state.uses and u not in queued and not isinstance(u.node, (Leaf, Const)):
+                    queue.append(u)
+                    queued.add(u)
+
+    def _order(self) -> list[Value]:
+        return sorted(self.state.uses, key=lambda v: v.id)
+
+    # -- one value ----------------------------------------------------------------------------------------------------
+
+    def _improve(self, v: Value) -> list[Value]:
+        """Take the best sequence of steps that starts at v, if one pays; returns the values to look at again."""
+        state = self.state
+        start = state.score()
+        mark = state.mark()
+        self._trials = 0
+        best = self._explore([v], self.budget.depth, start)
+        state.undo(mark)
+        if best is None or best[0] >= start - self.budget.minimum_gain * max(abs(start), 1e-9) * 1e-3:
+            return []
+        touched: list[Value] = []
+        for x, new, law in best[1]:
+            touched += self._take(x, new, law)
+        logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
+        return self._neighbourhood(touched)
+
+    def _take(self, x: Value, new: Value, law: str) -> list[Value]:
+        self.state.redefine(x, new)
+        self.applied.setdefault(x, []).append(law)
+        return [x, *self._made(x)]
+
+    def _made(self, x: Value) -> list[Value]:
+        """Values below x that the original graph does not compute, nearest first."""
+        out: list[Value] = []
+        stack = list(operands(x.node))
+        while stack and len(out) < 12:
+            y = stack.pop(0)
+            if self.state.unchanged(y) or y in out or isinstance(y.node, (Leaf, Const)):
+                continue
+            out.append(y)
+            stack.extend(operands(y.node))
+        return out
+
+    def _neighbourhood(self, touched: Iterable[Value]) -> list[Value]:
+        out: dict[Value, None] = {}
+        for x in touched:
+            out[x] = None
+            for u in self.state.users.get(x, ()):
+                out[u] = None
+                for w in self.state.users.get(u, ()):
+                    out[w] = None
+            for y in self.state.reads(x):
+                out[y] = None
+        return list(out)
+
+    def _proposals(self, v: Value) -> list[tuple[Value, str]]:
+        found: list[tuple[Value, str]] = []
+        for law in self.laws:
+            for outcome in law(v, self.context):
+                if isinstance(outcome, Refusal):
+                    key = (v.id, law.name, outcome.reason)
+                    if key not in self.refusals:
+                        self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
+                else:
+                    found.append((outcome, law.name))
+        return found
+
+    def _explore(
+        self, focus: Sequence[Value], depth: int, start: float
+    ) -> tuple[float, list[tuple[Value, Value, str]]] | None:
+        """The best outcome of up to ``depth`` steps on the values in focus: (score, steps); the state is left as found."""
+        state = self.state
+        tried: list[tuple[float, Value, Value, str]] = []
+        seen: set[tuple[int, object]] = set()
+        for x in focus:
+            if x not in state.uses:
+                continue
+            for new, law in self._proposals(x):
+                if self._trials >= self.budget.trials:
+                    break
+                self._trials += 1
+                mark = state.mark()
+                if not state.redefine(x, new):
+                    continue
+                key = (x.id, x.node if law != "restate" else "restate")
+                if key not in seen:
+                    seen.add(key)
+                    tried.append((state.score(), x, new, law))
+                state.undo(mark)
+        tried.sort(key=lambda t: t[0])
+        best: tuple[float, list[tuple[Value, Value, str]]] | None = None
+        for s, x, new, law in tried[: self.budget.beam]:
+            if best is None or s < best[0]:
+                best = (s, [(x, new, law)])
+        if depth > 1:
+            for _, x, new, law in tried[: self.budget.beam]:
+                if law == "restate" or self._trials >= self.budget.trials:
+                    continue
+                mark = state.mark()
+                state.redefine(x, new)
+                nearby = [x, *self._made(x)]
+                nearby += [u for u in state.users.get(x, ()) if u not in nearby]
+                deeper = self._explore(nearby, depth - 1, start)
+                state.undo(mark)
+                if deeper is not None and (best is None or deeper[0] < best[0] - 1e-9 * abs(best[0])):
+                    best = (deeper[0], [(x, new, law), *deeper[1]])
+        return best

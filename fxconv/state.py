@@ -1,0 +1,336 @@
+"""The search's state: which node defines each value now, what is alive, and what it all costs — kept incrementally.
+
+Replacing a value's node changes the costs of that value, of what comes alive or dies with it, and of the users whose plan
+depends on them; nothing else is recomputed. Every change is logged, so that a trial is undone by playing back the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxconv.cost import CostModel, Price, score
+from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, operands, walk
+from fxconv.lift import Lifter
+from fxconv.original import original_steps
+from fxconv.plan import Layout, Plan, Step, Target, plan_map, plan_view
+from fxconv.sums import concatenated, plan_sum
+
+IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
+"""The price of a node that no operator of the target computes."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """How the fx graph computes a value: its node there, the values that node reads, and its price."""
+
+    node: fx.Node
+    definition: Node
+    reads: tuple[Value, ...]
+    price: Price
+    layout: Layout
+    allowed: bool
+
+
+@dataclass
+class State:
+    """Values of one graph under rewriting."""
+
+    lifter: Lifter
+    model: CostModel
+    target: Target
+    objective: str
+    originals: dict[Value, Original] = field(default_factory=dict)
+    uses: dict[Value, int] = field(default_factory=dict)
+    users: dict[Value, dict[Value, int]] = field(default_factory=dict)
+    prices: dict[Value, Price] = field(default_factory=dict)
+    layouts: dict[Value, Layout] = field(default_factory=dict)
+    restated: set[Value] = field(default_factory=set)
+    table: dict[Node, Value] = field(default_factory=dict)
+    levels: dict[Value, int] = field(default_factory=dict)
+    total: Price = field(default_factory=Price)
+    _log: list[tuple[Value, Node, bool]] = field(default_factory=list)
+
+    # -- construction -------------------------------------------------------------------------------------------------
+
+    def load(self, roots: Iterable[Value]) -> None:
+        """Take over a lifted graph; ``roots`` are the values that barriers and outputs read."""
+        lifted = self.lifter.lifted
+        for value, node in lifted.producers.items():
+            ref = lifted.refs[node]
+            op = lifted.ops.get(node)
+            steps = original_steps(self.lifter, node, op) if op is not None else []
+            price = Price()
+            for step in steps:
+                price = price + self.model.price(step)
+            reads: list[Value] = []
+            for operand in op.inputs if op is not None else ():
+                if isinstance(operand, fx.Node) and (found := lifted.refs.get(operand)) is not None:
+                    reads.append(found.value)
+            allowed = all(self._allowed(step) for step in steps)
+            self.originals[value] = Original(node, value.node, tuple(reads), price, ref.dims, allowed)
+            self.levels[value] = len(self.levels) + 1
+        for inner in walk(list(lifted.producers)):
+            self.table.setdefault(inner.node, inner)
+        self.roots = list(dict.fromkeys(roots))
+        for v in self.roots:
+            self._use(v, None)
+
+    def _allowed(self, step: Step) -> bool:
+        if step.kind == "linear":
+            return self.target.linear
+        if step.kind in ("conv", "conv_transpose"):
+            return len(step.shape) - 2 in self.target.conv or len(step.shape) - 1 in self.target.conv
+        return True
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def unchanged(self, v: Value) -> bool:
+        """Whether the value is still computed by the fx node it came from."""
+        original = self.originals.get(v)
+        return original is not None and v.node is original.definition and v not in self.restated
+
+    def reads(self, v: Value) -> tuple[Value, ...]:
+        """The values that v's computation reads at present."""
+        if self.unchanged(v):
+            return self.originals[v].reads
+        return operands(v.node)
+
+    def alone(self, v: Value) -> bool:
+        """Whether v has one use, and is not computed by the original graph anyway."""
+        return self.uses.get(v, 0) <= 1 and not self.unchanged(v)
+
+    def users_of(self, v: Value) -> list[Value]:
+        return list(self.users.get(v, ()))
+
+    def score(self) -> float:
+        return score(self.total, self.objective)
+
+    def layout(self, v: Value) -> Layout:
+        found = self.layouts.get(v)
+        if found is None:
+            self._price(v)
+            found = self.layouts[v]
+        return found
+
+    def best_plan(self, v: Value, bias: Const | None = None) -> Plan | None:
+        """The cheapest way to write a value that is a map or a view."""
+        node = v.node
+        if isinstance(node, View):
+            return plan_view(node, self.layout(node.x))
+        assert isinstance(node, Map)
+        plans = plan_map(node, self.layout(node.x), self.target, bias)
+        if not plans:
+            return None
+        if self.target.full_kernel:
+            return plans[0]
+        return min(plans, key=lambda p: score(self._steps_price(p.steps), self.objective))
+
+    def _steps_price(self, steps: Iterable[Step]) -> Price:
+        price = Price()
+        for step in steps:
+            price = price + self.model.price(step)
+        return price
+
+    # -- interning ----------------------------------------------------------------------------------------------------
+
+    def intern(self, x: Value) -> Value:
+        """The value itself, or an equal one that the state knows already; new operands are interned too."""
+        if x in self.uses or x in self.originals or self.table.get(x.node) is x:
+            return x
+        node = x.node
+        if isinstance(node, Sum):
+            terms = tuple(self.intern(t) for t in node.terms)
+            if terms != node.terms:
+                node = Sum(terms)
+        elif isinstance(node, (Map, View, Apply)):
+            inner = self.intern(node.x)
+            if inner is not node.x:
+                node = _with_operand(node, inner)
+        found = self.table.get(node)
+        if found is not None:
+            return found
+        x.node = node
+        self.table[node] = x
+        self.levels[x] = max((self.levels.get(y, 0) for y in operands(node)), default=0)
+        return x
+
+    # -- change -------------------------------------------------------------------------------------------------------
+
+    def redefine(self, v: Value, new: Value) -> bool:
+        """Let ``v`` be computed as ``new`` is; False where that changes nothing, or would make v depend on itself."""
+        new = self.intern(new)
+        node: Node = new.node
+        if new is v:
+            # The same expression written anew.
+            if not self.unchanged(v):
+                return False
+            self._set(v, node, restate=True)
+            return True
+        if self._depends(new, v):
+            return False
+        if new in self.uses or new in self.originals or isinstance(node, (Leaf, Const)):
+            # Another value that exists: v is an alias of it.
+            node = View(new, tuple((s,) for s in new.sizes), tuple((i,) for i in range(new.rank)))
+        if node == v.node and not self.unchanged(v):
+            return False
+        self._set(v, node, restate=False)
+        return True
+
+    def _depends(self, x: Value, v: Value) -> bool:
+        """Whether computing x reads v; values of the original graph from before v can't."""
+        limit = self.levels.get(v, 0)
+        stack, seen = [x], {x}
+        while stack:
+            y = stack.pop()
+            if y is v:
+                return True
+            if self.unchanged(y) and self.levels[y] < limit + (v not in self.originals):
+                continue
+            for z in self.reads(y):
+                if z not in seen:
+                    seen.add(z)
+                    stack.append(z)
+        return False
+
+    def _set(self, v: Value, node: Node, restate: bool) -> None:
+        self._log.append((v, v.node, v in self.restated))
+        self._assign(v, node, restate)
+
+    def _assign(self, v: Value, node: Node, restate: bool) -> None:
+        alive = v in self.uses
+        before = self.reads(v) if alive else ()
+        v.node = node
+        if restate:
+            self.restated.add(v)
+        else:
+            self.restated.discard(v)
+        if not alive:
+            return
+        touched: set[Value] = {v}
+        after = self.reads(v)
+        for x in after:
+            self._use(x, v, touched)
+        for x in before:
+            self._drop(x, v, touched)
+        self._reprice(touched)
+
+    def mark(self) -> int:
+        return len(self._log)
+
+    def undo(self, mark: int) -> None:
+        while len(self._log) > mark:
+            v, node, restated = self._log.pop()
+            self._assign(v, node, restated)
+
+    def _use(self, x: Value, by: Value | None, touched: set[Value] | None = None) -> None:
+        stack: list[tuple[Value, Value | None]] = [(x, by)]
+        born: list[Value] = []
+        while stack:
+            x, by = stack.pop()
+            if by is not None:
+                mine = self.users.setdefault(x, {})
+                mine[by] = mine.get(by, 0) + 1
+            count = self.uses.get(x, 0)
+            self.uses[x] = count + 1
+            if touched is not None:
+                touched.add(x)
+            if count == 0:
+                born.append(x)
+                stack.extend((y, x) for y in self.reads(x))
+        if touched is None:
+            self._reprice(set(born))
+
+    def _drop(self, x: Value, by: Value, touched: set[Value]) -> None:
+        stack = [(x, by)]
+        while stack:
+            x, by = stack.pop()
+            mine = self.users[x]
+            mine[by] -= 1
+            if not mine[by]:
+                del mine[by]
+            self.uses[x] -= 1
+            touched.add(x)
+            if self.uses[x] == 0:
+                del self.uses[x]
+                stack.extend((y, x) for y in self.reads(x))
+
+    def _reprice(self, touched: set[Value]) -> None:
+        queue = list(touched)
+        # Who reads a touched value may be priced by its kind, its layout or whether it is used once.
+        for x in touched:
+            queue.extend(self.users.get(x, ()))
+        for x in touched:
+            if not self.unchanged(x):
+                self.layouts.pop(x, None)
+        seen: set[Value] = set()
+        while queue:
+            x = queue.pop()
+            if x in seen:
+                continue
+            seen.add(x)
+            old = self.prices.pop(x, None)
+            if old is not None:
+                self.total = self.total - old
+            if x not in self.uses:
+                self.layouts.pop(x, None)
+                continue
+            layout = self.layouts.get(x)
+            price = self._price(x)
+            self.prices[x] = price
+            self.total = self.total + price
+            if layout != self.layouts.get(x):
+                for user in self.users.get(x, ()):
+                    if user in seen and not self.unchanged(user):
+                        seen.discard(user)
+                    queue.append(user)
+
+    def _price(self, v: Value) -> Price:
+        """The price of computing v from what it reads; sets its layout."""
+        if self.unchanged(v):
+            original = self.originals[v]
+            self.layouts[v] = original.layout
+            return original.price if original.allowed else IMPOSSIBLE
+        node = v.node
+        if isinstance(node, (Leaf, Const)):
+            self.layouts[v] = tuple((i,) for i in range(v.rank))
+            return Price()
+        if isinstance(node, Sum):
+            plan = plan_sum(node, self.layout, self.alone)
+            self.layouts[v] = plan.layout
+            steps = [s for p in plan.parts for c in p.chains for s in c]
+            steps += [p.step for p in plan.parts if p.step is not None]
+            return self._steps_price([*steps, *plan.adds])
+        if isinstance(node, Apply):
+            self.layouts[v] = node.op.layout(node, self.layout(node.x))
+            return self._steps_price(node.op.steps(node, self.layout(node.x)))
+        plan_ = self.best_plan(v)
+        if plan_ is None:
+            self.layouts[v] = tuple((i,) for i in range(v.rank))
+            return IMPOSSIBLE
+        self.layouts[v] = plan_.layout
+        if isinstance(node, Map) and self._inlined(v):
+            return Price()
+        return self._steps_price(plan_.steps)
+
+    def _inlined(self, v: Value) -> bool:
+        """Whether every user writes v as a part of its own concatenation."""
+        users = self.users.get(v)
+        if not users or self.uses[v] != sum(users.values()):
+            return False
+        for u in users:
+            if self.unchanged(u) or not isinstance(u.node, Sum):
+                return False
+            if not any(v in group for _, group in concatenated(u.node)):
+                return False
+        return True
+
+
+def _with_operand(node: Map | View | Apply, x: Value) -> Node:
+    if isinstance(node, Map):
+        return Map(x, node.roles, node.kernel)
+    if isinstance(node, View):
+        return View(x, node.splits, node.groups)
+    return Apply(x, node.op, node.sizes, node.kept, node.shifts)

@@ -1,0 +1,175 @@
+"""How a sum is written: concatenations of selections into disjoint places, biases inside operators, and additions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fxconv.axes import is_static
+from fxconv.expr import Const, Kept, Map, Sum, Value, Window, is_selection
+from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a sum.
+
+    Attributes:
+        kind: "term" (a value), "cat" (values side by side along ``slot``) or "const".
+        values: the values that it reads; empty for a constant.
+        bias: a constant that the operator of the (only) value adds itself.
+        chains: per value, the steps that bring its tensor into the sum's layout.
+        step: the concatenation, or the constant's addition (its weights), where there is one.
+    """
+
+    kind: str
+    values: tuple[Value, ...]
+    bias: Value | None = None
+    chains: tuple[tuple[Step, ...], ...] = ()
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    parts: tuple[Part, ...]
+    adds: tuple[Step, ...]
+    layout: Layout
+
+
+def concatenated(node: Sum) -> list[tuple[int, list[Value]]]:
+    """Groups of terms that are selections tiling one slot: (slot, terms in order)."""
+    by_slot: dict[int, list[tuple[int, int, Value]]] = {}
+    for t in node.terms:
+        m = t.node
+        if not is_selection(m) or not isinstance(m, Map):
+            continue
+        slots = [o for o, r in enumerate(m.roles) if isinstance(r, Window)]
+        in_order = all(not isinstance(r, (Kept, Window)) or r.src == o for o, r in enumerate(m.roles))
+        if len(slots) != 1 or not in_order:
+            continue
+        role = m.roles[slots[0]]
+        assert isinstance(role, Window)
+        n = m.x.sizes[role.src]
+        if role.filter.down != 1 or role.filter.offset < 0 or not is_static(n):
+            continue
+        by_slot.setdefault(slots[0], []).append((role.filter.offset, int(n), t))
+    groups: list[tuple[int, list[Value]]] = []
+    for slot, found in by_slot.items():
+        total = node.terms[0].sizes[slot]
+        chosen: list[Value] = []
+        at = 0
+        for start, n, t in sorted(found, key=lambda f: (f[0], f[1], f[2].id)):
+            if start == at:
+                chosen.append(t)
+                at += n
+        if len(chosen) > 1 and at == total:
+            groups.append((slot, chosen))
+    return groups
+
+
+def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> tuple[Value, Value] | None:
+    """The term whose operator adds the sum's constant for nothing, and the constant."""
+    constants = [t for t in node.terms if isinstance(t.node, Const)]
+    if len(constants) != 1 or not isinstance(constants[0].node, Const):
+        return None
+    for t in node.terms:
+        if isinstance(t.node, Map) and alone(t) and takes_bias(t.node, constants[0].node):
+            return t, constants[0]
+    return None
+
+
+def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[Value], bool]) -> SumPlan:
+    """The tensors to add, all brought into the layout of the first one.
+
+    Args:
+        node: the sum.
+        layout_of: layouts of values.
+        alone: whether a value has no other user (so that a bias can go into its operator).
+    """
+    sizes = node.terms[0].sizes
+    carrier = bias_carrier(node, alone)
+    in_cat: set[Value] = set()
+    cats = concatenated(node)
+    for _, group in cats:
+        in_cat.update(group)
+    # The layout of the largest tensors wins: those of concatenations, then maps, then anything.
+    ranked = [t for t in node.terms if not isinstance(t.node, Const)]
+    layout: Layout = tuple((i,) for i in range(len(sizes)))
+    if cats:
+        first = cats[0][1][0].node
+        assert isinstance(first, Map)
+        layout = layout_of(first.x)
+    elif ranked:
+        layout = layout_of(ranked[0])
+    parts: list[Part] = []
+    for slot, group in cats:
+        sources = [t.node.x for t in group if isinstance(t.node, Map)]
+        layout = _with_own_dim(layout, slot)
+        chains = []
+        for x in sources:
+            chain = Chain(x.sizes, layout_of(x))
+            chain.to(layout)
+            chains.append(tuple(chain.steps))
+        shape = Chain(sizes, layout).shape()
+        dim = next(i for i, g in enumerate(layout) if slot in g)
+        parts.append(Part("cat", tuple(sources), None, tuple(chains), Step("cat", shape, shape, attrs={"dim": dim})))
+    for t in node.terms:
+        if t in in_cat or (carrier is not None and t is carrier[1]):
+            continue
+        if isinstance(t.node, Const):
+            c = t.node
+            varying = [o for o, f in enumerate(c.varies) if f]
+            layout_c = _cut(layout, set(varying))
+            order = [s for g in layout_c for s in g if s in varying]
+            k = broadcast_kernel(c.kernel, [varying.index(s) for s in order], layout_c, set(varying), sizes)
+            if layout_c != layout:
+                layout = layout_c
+            shape = Chain(sizes, layout).shape()
+            parts.append(Part("const", (), None, (), Step("add_const", shape, shape, (k,))))
+            continue
+        chain = Chain(t.sizes, layout_of(t))
+        chain.to(layout)
+        bias = carrier[1] if carrier is not None and t is carrier[0] else None
+        parts.append(Part("term", (t,), bias, (tuple(chain.steps),)))
+    shape = Chain(sizes, layout).shape()
+    tensors = sum(p.kind != "const" for p in parts)
+    adds = tuple(Step("add", shape, shape) for _ in range(max(tensors - 1, 0)))
+    if len({p.kind for p in parts} & {"const"}) and any(p.chains for p in parts):
+        # A constant may have cut the layout after other parts were arranged for it.
+        parts = [_rearranged(p, layout, sizes, layout_of) for p in parts]
+    return SumPlan(tuple(parts), adds, layout)
+
+
+def _rearranged(p: Part, layout: Layout, sizes: tuple, layout_of: Callable[[Value], Layout]) -> Part:  # type: ignore[type-arg]
+    if p.kind == "const" or not p.values:
+        return p
+    chains = []
+    for x in p.values:
+        chain = Chain(x.sizes, layout_of(x))
+        chain.to(layout)
+        chains.append(tuple(chain.steps))
+    step = p.step
+    if step is not None:
+        shape = Chain(sizes, layout).shape()
+        slot_dim = next(i for i, (a, b) in enumerate(zip(shape, Chain(p.values[0].sizes, layout).shape(), strict=True)) if a != b)
+        step = Step("cat", shape, shape, attrs={"dim": slot_dim})
+    return Part(p.kind, p.values, p.bias, tuple(chains), step)
+
+
+def _with_own_dim(layout: Layout, slot: int) -> Layout:
+    return _cut(layout, {slot}) if all(g != (slot,) for g in layout) else layout
+
+
+def _cut(layout: Layout, slots: set[int]) -> Layout:
+    """The layout with dims cut where membership in ``slots`` changes."""
+    out: list[tuple[int, ...]] = []
+    for g in layout:
+        part: list[int] = []
+        for s in g:
+            if part and (s in slots) != (part[-1] in slots):
+                out.append(tuple(part))
+                part = []
+            part.append(s)
+        out.append(tuple(part))
+    named = {s for g in out for s in g}
+    return tuple(out) + tuple((s,) for s in sorted(slots - named))

@@ -1,0 +1,23 @@
+"""The same expression, written as another operator.
+
+``Linear ⇔ convolution``, a full-kernel convolution as a Linear, a product with a constant as a bias: layout is no
+operation, so the operator that an expression becomes is a choice of emission. This law proposes the expression itself; the
+search takes it where writing it anew is cheaper than the original node, or the only form that the target allows.
+
+Always exact: nothing changes but the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxconv.expr import Map, Sum, Value
+from fxconv.law import Context, Law, Outcome
+
+
+def _restate(v: Value, context: Context) -> Iterator[Outcome]:
+    if isinstance(v.node, (Map, Sum)):
+        yield v
+
+
+law = Law("restate", _restate)
