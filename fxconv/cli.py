@@ -166,17 +166,18 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from .render import verification
+    from .report import plain
+
     a, b = _load(arguments.a, arguments), _load(arguments.b, arguments)
-    verdict = _compare(a, b)
-    if arguments.json:
-        _write(json.dumps(verdict, indent=2, default=str))
-    else:
-        _write(_verdict_text(verdict))
+    verdict = plain(_compare(a, b))
+    _write(json.dumps(verdict, indent=2) if arguments.json else verification(verdict))
     return OK if verdict["status"] == "verified" else UNVERIFIED
 
 
 def _recheck(arguments: argparse.Namespace) -> int:
     from .fingerprint import weights_hash
+    from .render import verification
     from .report import Report, versions
 
     try:
@@ -200,7 +201,7 @@ def _recheck(arguments: argparse.Namespace) -> int:
             rows.append(f"note: certified with {name} {report.versions.get(name)}, rechecked with {version}")
     verdict = _compare(a, b)
     good &= verdict["status"] == "verified"
-    rows.append(_verdict_text(verdict))
+    rows.append(verification(verdict))
     _write("\n".join(rows))
     return OK if good else UNVERIFIED
 
@@ -239,14 +240,7 @@ def _compare(a: Any, b: Any) -> dict[str, Any]:
     if args is None:
         raise ArgsError("neither model says what its inputs are: give --input, for instance --input 1x3x224x224")
     log.info("comparing %s with %s", a.name, b.name)
-    verdict = verify(a.model, b.model, args, kwargs or None)
-    return dict(verdict.to_dict() if hasattr(verdict, "to_dict") else verdict)
-
-
-def _verdict_text(verdict: dict[str, Any]) -> str:
-    from .render import verification
-
-    return verification(verdict)
+    return verify(a.model, b.model, args, kwargs or None).to_dict()
 
 
 def _show(report: Any, arguments: argparse.Namespace) -> None:

@@ -288,13 +288,14 @@ def _hf(name: str, keywords: dict[str, Any], weights: str | None) -> Source:
     cls: Any = getattr(transformers, name, None)
     if not inspect.isclass(cls):
         raise FxconvError(f"transformers has no class {name!r}: {_close(name, dir(transformers))}")
-    config_class = cls if issubclass(cls, transformers.PreTrainedConfig) else getattr(cls, "config_class", None)
+    config_class = cls if issubclass(cls, transformers.PretrainedConfig) else getattr(cls, "config_class", None)
     if config_class is None:
         raise FxconvError(f"transformers.{name} is neither a config nor a model class")
     config = config_class(**keywords)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache in the output is state, not a result
-    model: nn.Module = transformers.AutoModel.from_config(config) if cls is config_class else cls(config)
+    build: Any = transformers.AutoModel.from_config if cls is config_class else cls
+    model: nn.Module = build(config)
     randomise(model)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(config, "image_size", None) or 224
