@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, `graphs` and `zoo`, under every pytest import mode
 
@@ -18,7 +18,9 @@ settings.register_profile(
     derandomize=True,  # CI must not fail on a new example; run with --hypothesis-seed=random to look for one
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes; ask for it with --hypothesis-profile=shrink
 )
+settings.register_profile("shrink", settings.get_profile("fxconv"), phases=tuple(Phase))
 settings.load_profile("fxconv")
 
 

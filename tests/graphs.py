@@ -113,10 +113,10 @@ def kind_of(node: fx.Node, gm: fx.GraphModule) -> str:
     """The kind of a node; the bare name for what has no kind (`sigmoid`, `layer_norm`), "" for what computes no tensor."""
     if node.op in ("placeholder", "output", "get_attr") or not is_tensor(node):
         return ""
-    if is_constant(node):
-        return "constant"
     name = name_of(node, gm)
     kind = _KIND.get(name, name)
+    if is_constant(node):
+        return "" if kind in FREE else "constant"  # a transposed weight is free, a computed one is work at every call
     if name == "convolution" and len(node.args) > 6 and node.args[6]:
         return "conv_transpose"
     if kind == "matmul" and any(is_constant(i) for i in node.all_input_nodes):

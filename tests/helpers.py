@@ -24,7 +24,7 @@ import fxconv
 Args = tuple[Any, ...]
 
 
-# --- random weights ----------------------------------------------------------------------------------------------------
+# --- random weights ------------------------------------------------------------------------------------------------
 
 
 def randomise(model: nn.Module, seed: int = 0, gain: float = 1.5) -> nn.Module:
@@ -125,7 +125,7 @@ def other_sizes(args: Any, seed: int = 2) -> Iterator[Any]:
     yield _redraw(args, lambda t: [n + d if d >= 2 else n for d, n in enumerate(t.shape)], seed)
 
 
-# --- measures ----------------------------------------------------------------------------------------------------------
+# --- measures ------------------------------------------------------------------------------------------------------
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -185,15 +185,15 @@ def n_params(model: nn.Module) -> int:
     return sum({t.data_ptr(): t.numel() for t in tensors}.values())
 
 
-# --- the report --------------------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------------
 
 
 def remarks(result: Any) -> list[str]:
-    """Everything a report says stood in the way: reasons of missed rewrites, barriers, warnings."""
+    """Everything a report says: reasons of missed rewrites, advice, barriers, warnings."""
     report = fxconv.report(result)
-    said = [f"{missed.law}: {missed.reason} at {missed.where}" for missed in report.missed]
-    said += [str(barrier) for barrier in report.barriers]
-    return said + [str(warning) for warning in getattr(report, "warnings", ())]
+    lines = [f"{remark.law}: {remark.reason} at {remark.where}" for remark in (*report.missed, *report.advice)]
+    lines += [str(barrier) for barrier in report.barriers]
+    return lines + [str(warning) for warning in report.warnings]
 
 
 def said(result: Any, pattern: str) -> bool:
@@ -201,7 +201,7 @@ def said(result: Any, pattern: str) -> bool:
     return any(re.search(pattern, line, re.IGNORECASE) for line in remarks(result))
 
 
-# --- the original stays ------------------------------------------------------------------------------------------------
+# --- the original stays --------------------------------------------------------------------------------------------
 
 
 class Snapshot:
@@ -244,7 +244,7 @@ def assert_shared(result: nn.Module, model: nn.Module) -> None:
             assert tensor.data_ptr() == own[name].data_ptr(), f"{name} was copied (or another tensor has its name)"
 
 
-# --- the one check -----------------------------------------------------------------------------------------------------
+# --- the one check -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def check(
     """Transform `model` in float64 and assert everything that must hold for every model.
 
     - the original is unchanged, and the tensors that the result kept are the original's own;
-    - the result is verified, and agrees to `tol` (relative) on `args`, on new values at each of `batches`, and with `sizes` at other
+    - the result is verified, nothing was rolled back (a rollback hides a wrong law), and it agrees to `tol` (relative) on `args`, on new values at each of `batches`, and with `sizes` at other
       sizes, wherever the original itself accepts them;
     - multiply-adds: never above the original's (unless `more_macs`), at most `max_macs_ratio` of them;
     - `ops`: exact counts of kinds of nodes (see graphs.kinds; "conv+linear" is a sum); `at_most`: upper bounds; `max_launches`: on all;
@@ -320,6 +320,7 @@ def check(
     snapshot.assert_unchanged()
 
     report = fxconv.report(result)
+    assert not report.rolled_back, f"a law was wrong: {report.rolled_back}"
     assert report.verified, f"not verified: {report}"
     outcome = Outcome(model, result, kinds(result), macs(model, args, kwargs), macs(result, args, kwargs), args)
     if before is not None:
@@ -331,7 +332,7 @@ def check(
     if refused is not None:
         assert said(result, refused), f"no remark matches {refused!r}: {remarks(result)}"
     if laws is not None:
-        chains = [str(rewrite) for rewrite in report.rewrites]
+        chains = [" ".join(rewrite.laws) for rewrite in report.applied]
         assert any(re.search(laws, chain, re.IGNORECASE) for chain in chains), f"no rewrite matches {laws!r}: {chains}"
     return outcome
 

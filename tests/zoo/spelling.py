@@ -61,7 +61,7 @@ class Speller:
             return layer
         return lambda *xs: self._layer(layer, *xs)
 
-    # --- layers ---------------------------------------------------------------------------------------------------------
+    # --- layers -----------------------------------------------------------------------------------------------------
 
     def _layer(self, m: Any, x: Tensor, *rest: Any) -> Tensor:
         kind, rank = type(m).__name__, _rank(m)
@@ -134,7 +134,7 @@ class Speller:
         op = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[_rank(m)]
         return op(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)  # type: ignore[operator]
 
-    # --- structure ------------------------------------------------------------------------------------------------------
+    # --- structure --------------------------------------------------------------------------------------------------
 
     def flatten(self, x: Tensor, start: int = 1) -> Tensor:
         if self._spelling == "module":
