@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from fxconv.axes import Size, evaluate
+from fxconv.kernel import Kernel
 from fxconv.plan import Step
 
 FREE = frozenset(("reshape", "permute"))
@@ -88,15 +89,23 @@ class Price:
 OBJECTIVES = ("latency", "macs", "params", "launches")
 
 
+TIE_BREAK = 1e-3
+"""Under the other objectives, a microsecond counts as this many multiply-adds, parameters or launches: enough to prefer
+the faster of two equal forms, too little to outweigh one unit of what was asked for in any ordinary model."""
+
+
 def score(p: Price, objective: str) -> float:
-    """What the search minimises: the objective, with time as a tie-break small enough never to outweigh it."""
+    """What the search minimises: microseconds, or the objective with time as a tie-break."""
+    microseconds = p.seconds * 1e6
     if objective == "latency":
-        return p.seconds * 1e6
-    if objective == "macs":
-        return p.macs + p.seconds * 1e-3
-    if objective == "params":
-        return p.params + p.seconds * 1e-3
-    return p.launches + p.seconds * 1e-3
+        return microseconds
+    unit = {"macs": p.macs, "params": p.params, "launches": p.launches}[objective]
+    return unit + TIE_BREAK * microseconds
+
+
+def smallest_gain(objective: str) -> float:
+    """The least improvement of the score that counts: 0.05 µs; less is the noise of the model itself."""
+    return 0.05 if objective == "latency" else 0.05 * TIE_BREAK
 
 
 @dataclass
@@ -150,6 +159,12 @@ class CostModel:
         macs = self.number(step.macs) if not isinstance(step.macs, int) else step.macs
         seconds = self.profile.launch_of(kind) + max(macs / self.profile.rate(kind), moved / self.profile.bandwidth)
         return Price(seconds, macs, params, moved, 1)
+
+    def reading(self, k: Kernel) -> Price:
+        """The price of reading a constant along with something else: a bias."""
+        entries = self.count(k.shape)
+        moved = entries * self.itemsize
+        return Price(moved / self.profile.bandwidth, params=entries, bytes=moved)
 
     def kind(self, step: Step) -> str:
         """The kernel kind of a step, by which rates are listed."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
 from fxconv.kernel import Kernel
 from fxconv.plan import Chain, Layout, Step, plan_view
@@ -75,6 +76,8 @@ class Emitter:
         for v, original in sorted(changed, key=lambda c: order[c[1]]):
             clusters.append(self._emit_cluster(v, original))
         for c in clusters:
+            if not state.anchored(c.value):
+                continue
             old = self.twins[state.originals[c.value].node]
             new = next(n for n in self.gm.graph.nodes if n.name == c.result)
             old.replace_all_uses_with(new, delete_user_cb=lambda u, new=new: u is not new)
@@ -86,7 +89,10 @@ class Emitter:
         return Emitted(self.gm, tuple(kept), self.writer.parameters)
 
     def _clean(self) -> None:
-        self.gm.graph.eliminate_dead_code()
+        # fx's own dead-code elimination keeps random operators, and eval-mode dropout counts as one.
+        for node in reversed(self.gm.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output") and not _mutates(node):
+                self.gm.graph.erase_node(node)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -107,7 +113,9 @@ class Emitter:
         self.reads = {}
         with self.gm.graph.inserting_before(twin):
             node, layout = self._emit(v)
-            node = self._in_dims(v, node, layout, original)
+            if self.state.anchored(v):
+                node = self._in_dims(v, node, layout, original)
+                self.tensors[v] = self._in_memory_order(v, node)
             if node in self.twins.values():
                 # An alias of another node: give the rewrite a node of its own name by a view.
                 node = w.call(torch.ops.aten.alias.default, node) if w.dialect == "aten" else node
@@ -131,6 +139,21 @@ class Emitter:
                 node = self.writer.write(Step("reshape", have, ref.shape), node)
         return node
 
+    def _in_memory_order(self, v: Value, node: fx.Node) -> tuple[fx.Node, Layout]:
+        """A tensor of the original graph with its dims in the order of its strides: a view, and contiguous."""
+        original = self.state.originals[v]
+        if original.memory == original.layout:
+            return node, original.layout
+        dims = list(original.layout)
+        order = [dims.index(g) for g in original.memory]
+        order += [d for d, g in enumerate(dims) if not g]
+        shape = tuple(as_size(s) for s in node.meta["val"].shape)
+        permuted = tuple(shape[d] for d in order)
+        node = self.writer.write(Step("permute", shape, permuted, attrs={"dims": tuple(order)}), node)
+        if len(order) != len(original.memory):
+            node = self.writer.write(Step("reshape", permuted, permuted[: len(original.memory)]), node)
+        return node, original.memory
+
     def _chain(self, steps: list[Step] | tuple[Step, ...], node: fx.Node) -> fx.Node:
         for step in steps:
             node = self.writer.write(step, node)
@@ -147,7 +170,7 @@ class Emitter:
         if state.unchanged(v) or isinstance(v.node, Leaf):
             self.reads[v] = None
             producer = state.lifter.lifted.producers[v]
-            out = (self.twins[producer], state.lifter.lifted.refs[producer].dims)
+            out = self._in_memory_order(v, self.twins[producer])
         elif isinstance(v.node, Sum):
             out = self._emit_sum(v.node)
         elif isinstance(v.node, Const):
@@ -206,6 +229,14 @@ class Emitter:
             total = self.writer.write(step, total)
         assert total is not None
         return total, plan.layout
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op == "call_method" and str(name).endswith("_") and not str(name).endswith("__") or name == "setitem"
 
 
 def _stem(node: fx.Node) -> str:

@@ -107,7 +107,7 @@ class Chain:
             raise AssertionError(f"layouts {self.layout} and {wanted} hold different slots")
         before = self.shape()
         if have != want:
-            runs = _common_runs(have, want)
+            runs = _common_runs([[s for s in g if self.sizes[s] != 1] for g in self.layout], want)
             fine = tuple(product([self.sizes[s] for s in run]) for run in runs)
             if fine != before:
                 self.steps.append(Step("reshape", before, fine))
@@ -131,15 +131,16 @@ class Chain:
         return Plan(tuple(self.steps), tuple(tuple(rename[s] for s in g if s in rename) for g in groups))
 
 
-def _common_runs(have: list[int], want: list[int]) -> list[list[int]]:
-    """Maximal runs of ``have`` that stay together, in order, in ``want``."""
+def _common_runs(have: list[list[int]], want: list[int]) -> list[list[int]]:
+    """Maximal runs within a dim of ``have`` that stay together, in order, in ``want``."""
     follows = dict(zip(want, want[1:], strict=False))
     runs: list[list[int]] = []
-    for s in have:
-        if runs and follows.get(runs[-1][-1]) == s:
-            runs[-1].append(s)
-        else:
-            runs.append([s])
+    for group in have:
+        for k, s in enumerate(group):
+            if k and follows.get(runs[-1][-1]) == s:
+                runs[-1].append(s)
+            else:
+                runs.append([s])
     return runs
 
 

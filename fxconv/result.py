@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxconv.errors import TrainingModeError
 from fxconv.program import Layout
+from fxconv.shapes import SizeCheck, insert_checks
 
 STATE = "fxconv_module"
 """Key of ``gm.meta`` under which a :class:`Converted` keeps what it must know of its original (plain Python values)."""
@@ -159,10 +160,17 @@ def _add_omitted(gm: fx.GraphModule, placeholders: list[fx.Node], forward: Any) 
 # ----------------------------------------------------------------- finishing
 
 
-def finish(gm: fx.GraphModule, name: str, frozen: str, layout: Layout | None, forward: Any) -> Converted:
+def finish(
+    gm: fx.GraphModule,
+    name: str,
+    frozen: str,
+    layout: Layout | None,
+    forward: Any,
+    checks: list[SizeCheck] | None = None,
+) -> Converted:
     """A :class:`Converted` over the graph and tensors of ``gm``.
 
-    ``frozen`` says why it cannot be trained ("" where it can). Parameters that the captured graph read and that are no
+    ``frozen`` says why it cannot be trained ("" where it can); ``checks`` are made at each run. Parameters that the captured graph read and that are no
     longer read are dropped; all others keep their names.
     """
     reads = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
@@ -172,6 +180,7 @@ def finish(gm: fx.GraphModule, name: str, frozen: str, layout: Layout | None, fo
     _adopt(result, gm)
     if layout is not None:
         guard_constants(result, layout.constants, forward)
+    insert_checks(result, checks or [])
     result.meta = dict(gm.meta)
     result.meta[STATE] = {"frozen": frozen, "dtype": _common_dtype(gm)}
     for module in result.modules():

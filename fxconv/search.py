@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fxconv.cost import smallest_gain
 from fxconv.expr import Const, Leaf, Value, operands
 from fxconv.law import Context, Law, Refusal
 from fxconv.state import State
@@ -27,13 +28,11 @@ class Budget:
         depth: how many steps that do not pay by themselves may be taken in a row.
         beam: how many of them are followed per level.
         trials: how many tentative steps one value may cause.
-        minimum_gain: the relative gain (of the value's neighbourhood) below which a step is not worth taking.
     """
 
     depth: int = 3
     beam: int = 3
     trials: int = 160
-    minimum_gain: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Search:
     refusals: dict[tuple[int, str, str], Missed] = field(default_factory=dict)
     applied: dict[Value, list[str]] = field(default_factory=dict)
     _trials: int = 0
+    _most_macs: float = 0.0
 
     def __post_init__(self) -> None:
         self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of)
@@ -86,9 +86,12 @@ class Search:
         start = state.score()
         mark = state.mark()
         self._trials = 0
+        # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
+        slack = 1.1 if state.objective == "launches" else 1.0
+        self._most_macs = state.total.macs * slack * (1 + 1e-9)
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        if best is None or best[0] >= start - self.budget.minimum_gain * max(abs(start), 1e-9) * 1e-3:
+        if best is None or best[0] > start - smallest_gain(state.objective):
             return []
         touched: list[Value] = []
         for x, new, law in best[1]:
@@ -142,7 +145,7 @@ class Search:
     ) -> tuple[float, list[tuple[Value, Value, str]]] | None:
         """The best outcome of up to ``depth`` steps on the values in focus: (score, steps); the state is left as found."""
         state = self.state
-        tried: list[tuple[float, Value, Value, str]] = []
+        tried: list[tuple[float, float, Value, Value, str]] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
             if x not in state.uses:
@@ -157,17 +160,17 @@ class Search:
                 key = (x.id, x.node if law != "restate" else "restate")
                 if key not in seen:
                     seen.add(key)
-                    tried.append((state.score(), x, new, law))
+                    tried.append((state.score(), state.total.macs, x, new, law))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
         best: tuple[float, list[tuple[Value, Value, str]]] | None = None
-        for s, x, new, law in tried[: self.budget.beam]:
-            if best is None or s < best[0]:
+        for s, macs, x, new, law in tried[: self.budget.beam]:
+            if macs <= self._most_macs and (best is None or s < best[0]):
                 best = (s, [(x, new, law)])
         if depth > 1:
-            for _, x, new, law in tried[: self.budget.beam]:
-                if law == "restate" or self._trials >= self.budget.trials:
-                    continue
+            for _, _, x, new, law in tried[: self.budget.beam]:
+                if self._trials >= self.budget.trials:
+                    break
                 mark = state.mark()
                 state.redefine(x, new)
                 nearby = [x, *self._made(x)]

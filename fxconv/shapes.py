@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxconv.errors import ArgsError
 
@@ -171,8 +175,6 @@ def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
 
 def pinned_symbols(environment: ShapeEnv) -> set[Any]:
     """Symbols that an equality guard ties to a number without solving it (``4·(h − 2)·(w − 2) = 144``)."""
-    import sympy
-
     pinned: set[Any] = set()
     for guard in environment.guards:
         expr = guard.expr
@@ -181,6 +183,88 @@ def pinned_symbols(environment: ShapeEnv) -> set[Any]:
             if isinstance(expr, sympy.Eq) and (expr.lhs.is_number or expr.rhs.is_number):
                 pinned |= expr.free_symbols
     return pinned
+
+
+# ----------------------------------------------------------------- what the capture assumed about sizes
+
+
+@dataclass(frozen=True)
+class SizeCheck:
+    """A condition on input sizes that the captured graph relies on and the model's own code decided by."""
+
+    expr: Any
+    """A sympy boolean over ``symbols``."""
+    symbols: tuple[tuple[Any, str, int], ...]
+    """(symbol, placeholder name, dim)."""
+    message: str
+
+
+def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCheck]:
+    """What must be checked when the graph runs: branches that the model's code took by size, and dims fixed by choice.
+
+    A guard counts if the model's own file (or ``torch.nn``) asked the question; those that torch's shape functions ask
+    (is it contiguous? does it broadcast?) only concern strides. ``static`` names (placeholder, dim) fixed by choice.
+    """
+    places: dict[Any, tuple[str, int]] = {}
+    checks: list[SizeCheck] = []
+    environment: ShapeEnv | None = None
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        environment = getattr(getattr(value, "fake_mode", None), "shape_env", None) or environment
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                places.setdefault(size.node.expr, (node.name, dim))
+            elif (node.name, dim) in static:
+                number = int(size)
+                symbol = sympy.Symbol(f"{node.name}_{dim}", integer=True)
+                text = f"captured for size {number} in dim {dim} of {node.target}: transform again for other sizes"
+                checks.append(SizeCheck(sympy.Eq(symbol, number), ((symbol, node.name, dim),), text))
+    for guard in environment.guards if environment is not None else ():
+        if not _asked_by_model(guard):
+            continue
+        expr = guard.expr.xreplace(environment.replacements) if environment is not None else guard.expr
+        symbols = sorted(expr.free_symbols, key=str)
+        if not symbols or any(s not in places for s in symbols):
+            continue
+        named = tuple((s, *places[s]) for s in symbols)
+        readable = ", ".join(f"{s} = dim {dim} of {name}" for s, name, dim in named)
+        text = f"captured for sizes with {expr} ({readable}): transform again with such an example"
+        checks.append(SizeCheck(expr, named, text))
+    return checks
+
+
+def _asked_by_model(guard: Any) -> bool:
+    place = getattr(guard.sloc, "framework_loc", None)
+    file = place if isinstance(place, str) else getattr(place, "filename", "")
+    inside = file.replace("\\", "/").rpartition("/torch/")[2] if "/torch/" in file.replace("\\", "/") else ""
+    return bool(file) and (not inside or inside.startswith("nn/"))
+
+
+def insert_checks(gm: fx.GraphModule, checks: list[SizeCheck]) -> None:
+    """``torch._assert`` nodes at the head of the graph, one per check."""
+    placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
+    if not checks or not placeholders:
+        return
+    sizes: dict[tuple[str, int], fx.Proxy] = {}
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    tracer = fx.proxy.GraphAppendingTracer(gm.graph)
+    with gm.graph.inserting_before(first):
+        for check in checks:
+            values: dict[Any, Any] = {}
+            for symbol, name, dim in check.symbols:
+                if (name, dim) not in sizes:
+                    node = gm.graph.call_function(torch.ops.aten.sym_size.int, (placeholders[name], dim))
+                    sizes[name, dim] = fx.Proxy(node, tracer)
+                values[symbol] = sizes[name, dim]
+            try:
+                condition = sympy_interp(PythonReferenceAnalysis, values, check.expr)
+            except Exception:  # a function of sizes that has no Python form: nothing to check it with
+                continue
+            if isinstance(condition, fx.Proxy):
+                gm.graph.call_function(torch._assert, (condition.node, check.message))
+    gm.recompile()
 
 
 # ----------------------------------------------------------------- guesses

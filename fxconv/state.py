@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
+from fxconv.axes import as_size
 from fxconv.cost import CostModel, Price, score
 from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, operands, walk
 from fxconv.lift import Lifter
 from fxconv.original import original_steps
-from fxconv.plan import Layout, Plan, Step, Target, plan_map, plan_view
+from fxconv.plan import Chain, Layout, Plan, Step, Target, plan_map, plan_view
 from fxconv.sums import concatenated, plan_sum
 
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
@@ -24,13 +26,17 @@ IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
 
 @dataclass(frozen=True)
 class Original:
-    """How the fx graph computes a value: its node there, the values that node reads, and its price."""
+    """How the fx graph computes a value: its node there, the values that node reads, and its price.
+
+    ``layout`` is in the order of the tensor's dims, ``memory`` in that of its strides (a permuted tensor's differ).
+    """
 
     node: fx.Node
     definition: Node
     reads: tuple[Value, ...]
     price: Price
     layout: Layout
+    memory: Layout
     allowed: bool
 
 
@@ -70,13 +76,24 @@ class State:
                 if isinstance(operand, fx.Node) and (found := lifted.refs.get(operand)) is not None:
                     reads.append(found.value)
             allowed = all(self._allowed(step) for step in steps)
-            self.originals[value] = Original(node, value.node, tuple(reads), price, ref.dims, allowed)
+            self.originals[value] = Original(node, value.node, tuple(reads), price, ref.dims, self._memory(node, ref.dims), allowed)
             self.levels[value] = len(self.levels) + 1
         for inner in walk(list(lifted.producers)):
             self.table.setdefault(inner.node, inner)
         self.roots = list(dict.fromkeys(roots))
         for v in self.roots:
             self._use(v, None)
+
+    def _memory(self, node: fx.Node, dims: Layout) -> Layout:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or val.layout != torch.strided:
+            return dims
+        strides = [self.model.number(as_size(s)) for s in val.stride()]
+        real = [d for d in range(len(dims)) if dims[d]]
+        if any(strides[d] == 0 for d in real):
+            return dims
+        order = sorted(real, key=lambda d: -strides[d])
+        return dims if order == real else tuple(dims[d] for d in order)
 
     def _allowed(self, step: Step) -> bool:
         if step.kind == "linear":
@@ -126,7 +143,14 @@ class State:
             return None
         if self.target.full_kernel:
             return plans[0]
-        return min(plans, key=lambda p: score(self._steps_price(p.steps), self.objective))
+        return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._way_back(p), self.objective))
+
+    def _way_back(self, plan: Plan) -> Price:
+        """What a plan that permutes its operand will cost its users, who expect the operand's order."""
+        if len(plan.steps) > 1 and any(s.kind == "permute" for s in plan.steps):
+            last = plan.steps[-1]
+            return self.model.price(Step("permute", last.shape, last.shape))
+        return Price()
 
     def _steps_price(self, steps: Iterable[Step]) -> Price:
         price = Price()
@@ -287,11 +311,30 @@ class State:
                         seen.discard(user)
                     queue.append(user)
 
+    def anchored(self, v: Value) -> bool:
+        """Whether nodes of the original graph read v, so that it must come in the original's dims."""
+        if v not in self.originals:
+            return False
+        return self.uses.get(v, 0) > sum(self.users.get(v, {}).values()) or any(
+            self.unchanged(u) for u in self.users.get(v, ())
+        )
+
     def _price(self, v: Value) -> Price:
         """The price of computing v from what it reads; sets its layout."""
+        price = self._own_price(v)
+        if not self.unchanged(v) and self.anchored(v):
+            # Its strides should be those that the original's users saw; the dims are then a view.
+            original = self.originals[v]
+            chain = Chain(v.sizes, self.layouts[v])
+            chain.to(original.memory)
+            self.layouts[v] = original.memory
+            price = price + self._steps_price(chain.steps)
+        return price
+
+    def _own_price(self, v: Value) -> Price:
         if self.unchanged(v):
             original = self.originals[v]
-            self.layouts[v] = original.layout
+            self.layouts[v] = original.memory
             return original.price if original.allowed else IMPOSSIBLE
         node = v.node
         if isinstance(node, (Leaf, Const)):
@@ -302,7 +345,11 @@ class State:
             self.layouts[v] = plan.layout
             steps = [s for p in plan.parts for c in p.chains for s in c]
             steps += [p.step for p in plan.parts if p.step is not None]
-            return self._steps_price([*steps, *plan.adds])
+            price = self._steps_price([*steps, *plan.adds])
+            for p in plan.parts:
+                if p.bias is not None and isinstance(p.bias.node, Const):
+                    price = price + self.model.reading(p.bias.node.kernel)
+            return price
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
             return self._steps_price(node.op.steps(node, self.layout(node.x)))

@@ -10,6 +10,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxconv.axes import Size, as_size, is_static, same, shape_of
 from fxconv.kernel import Kernel
@@ -40,6 +41,7 @@ _EXACT_ATEN = {
     3: aten._upsample_nearest_exact3d.vec,
 }
 _LINEAR_ATEN = {1: aten.upsample_linear1d.vec, 2: aten.upsample_bilinear2d.vec, 3: aten.upsample_trilinear3d.vec}
+_CUBIC_ATEN = {2: aten.upsample_bicubic2d.vec}
 _LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -109,7 +111,8 @@ class Writer:
         mode = self.meta.get("fake_mode")
         with torch.no_grad():
             if mode is not None:
-                with mode:
+                # Composite operators take symbolic sizes only under the Python dispatcher.
+                with mode, enable_python_dispatcher():
                     val = target(*fake_args, **fake_kwargs)
             else:
                 val = target(*fake_args, **fake_kwargs)
@@ -363,16 +366,10 @@ class Writer:
         mode, scales = a["mode"], a["scales"]
         given = None if any(s is None for s in scales) else [float(s) for s in scales]
         size = None if given is not None else [self.size(s, x) for s in a["size"]]
-        if mode == "linear":
-            node = self.call(_LINEAR_ATEN[nd], x, size, a["align_corners"], given)
-            name = _LINEAR_MODE[nd]
-        elif mode == "cubic":
-            node = self.call(aten.upsample_bicubic2d.vec, x, size, a["align_corners"], given)
-            name = "bicubic"
-        else:
-            table = _NEAREST_ATEN if mode == "nearest" else _EXACT_ATEN
-            node = self.call(table[nd], x, size, given)
-            name = mode
+        name = {"linear": _LINEAR_MODE[nd], "cubic": "bicubic"}.get(mode, mode)
+        table = {"linear": _LINEAR_ATEN, "cubic": _CUBIC_ATEN, "nearest": _NEAREST_ATEN}.get(mode, _EXACT_ATEN)
+        align = (a["align_corners"],) if mode in ("linear", "cubic") else ()
+        node = self.call(table[nd], x, size, *align, given)
         if self.dialect == "aten":
             return node
         kwargs: dict[str, Any] = {"size": size, "scale_factor": given, "mode": name}

@@ -10,6 +10,7 @@ if __name__ == "passes":
 
 from fxconv.law import Law
 from fxconv.passes import (
+    absorb_constants,
     commute,
     compose,
     distribute,
@@ -25,6 +26,7 @@ LAWS: tuple[Law, ...] = (
     distribute.law,
     flatten_sums.law,
     merge_branches.law,
+    absorb_constants.law,
     commute.law,
     homogeneity.law,
     merge_siblings.law,
