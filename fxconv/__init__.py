@@ -1,0 +1,41 @@
+"""fxconv: exact rewriting of the affine work in PyTorch models, verified.
+
+``fxconv.transform(model, args)`` gives the model in the form that is cheapest to run; ``fxconv.report(result)`` says what
+was done, what was not, and why.
+"""
+
+from fxconv.errors import (
+    ArgsError,
+    CaptureError,
+    FxconvError,
+    NotAModuleError,
+    OptionError,
+    TrainingModeError,
+    VerificationError,
+)
+from fxconv.law import Law, Refusal
+from fxconv.options import Options
+from fxconv.report import Report
+from fxconv.report import read as report
+from fxconv.transform import explain, transform
+from fxconv.verify_model import verify
+from fxconv.version import __version__
+
+__all__ = [
+    "ArgsError",
+    "CaptureError",
+    "FxconvError",
+    "Law",
+    "NotAModuleError",
+    "OptionError",
+    "Options",
+    "Refusal",
+    "Report",
+    "TrainingModeError",
+    "VerificationError",
+    "__version__",
+    "explain",
+    "report",
+    "transform",
+    "verify",
+]

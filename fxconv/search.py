@@ -78,6 +78,13 @@ class Search:
     def _order(self) -> list[Value]:
         return sorted(self.state.uses, key=lambda v: v.id)
 
+    def laws_of(self, v: Value) -> tuple[str, ...]:
+        """The laws that made v what it is, in order."""
+        laws = list(self.applied.get(v, ()))
+        for x in self._made(v):
+            laws += self.applied.get(x, ())
+        return tuple(laws) or ("restate",)
+
     # -- one value ----------------------------------------------------------------------------------------------------
 
     def _improve(self, v: Value) -> list[Value]:
@@ -148,7 +155,7 @@ class Search:
         tried: list[tuple[float, float, Value, Value, str]] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
-            if x not in state.uses:
+            if x not in state.uses or x in state.frozen:
                 continue
             for new, law in self._proposals(x):
                 if self._trials >= self.budget.trials:

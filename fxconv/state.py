@@ -55,6 +55,8 @@ class State:
     layouts: dict[Value, Layout] = field(default_factory=dict)
     restated: set[Value] = field(default_factory=set)
     table: dict[Node, Value] = field(default_factory=dict)
+    frozen: set[Value] = field(default_factory=set)
+    owners: dict[Value, list[Value]] = field(default_factory=dict)
     levels: dict[Value, int] = field(default_factory=dict)
     total: Price = field(default_factory=Price)
     _log: list[tuple[Value, Node, bool]] = field(default_factory=list)
@@ -80,6 +82,9 @@ class State:
             self.levels[value] = len(self.levels) + 1
         for inner in walk(list(lifted.producers)):
             self.table.setdefault(inner.node, inner)
+            for x in operands(inner.node):
+                if x not in self.originals:
+                    self.owners.setdefault(x, []).append(inner)
         self.roots = list(dict.fromkeys(roots))
         for v in self.roots:
             self._use(v, None)
@@ -240,6 +245,39 @@ class State:
         for x in before:
             self._drop(x, v, touched)
         self._reprice(touched)
+
+    def snapshot(self, v: Value) -> tuple[Node, bool]:
+        """How v is computed now, for `reinstate`."""
+        return v.node, v in self.restated
+
+    def reinstate(self, v: Value, kept: tuple[Node, bool]) -> None:
+        """Let v be computed as it was at a snapshot."""
+        self._assign(v, *kept)
+
+    def restore(self, v: Value) -> None:
+        """Let v be computed by the node it came from again."""
+        self._assign(v, self.originals[v].definition, False)
+
+    def price_before(self, v: Value, nodes: Iterable[str]) -> Price:
+        """What the original nodes that a rewrite replaced cost."""
+        names = set(nodes)
+        total = Price()
+        for original in self.originals.values():
+            if original.node.name in names:
+                total = total + original.price
+        return total
+
+    def price_after(self, v: Value) -> Price:
+        """What v costs now, with the values that only the rewriting made."""
+        total, seen, stack = Price(), set[Value](), [v]
+        while stack:
+            x = stack.pop()
+            if x in seen:
+                continue
+            seen.add(x)
+            total = total + self.prices.get(x, Price())
+            stack.extend(y for y in self.reads(x) if y not in self.originals)
+        return total
 
     def mark(self) -> int:
         return len(self._log)

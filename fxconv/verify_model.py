@@ -9,14 +9,18 @@ for each output its error relative to O₆₄, in the largest entry and in the r
   none may not begin to. The same holds for the result in float64, whose weights were rounded once.
 - float64: there is nothing more accurate to measure against, so the original's error is estimated by Monte Carlo
   arithmetic (one more run, each operation's result perturbed, see `fxconv.tolerance`) and the result may lie UNITS
-  roundoffs of that away.
+  roundoffs of that away. The same holds for a float32 result in float64 if its weights are given unrounded (``exact``).
 
 The largest of few errors fluctuates (a model may have a single output). A result that exceeds the limit moderately is
 therefore measured again, on many more inputs, before it is called worse; both sides' errors then come from those.
 
-Cost, in units of one sample: three passes of each model in float64 and of the result in its own dtype, four of the
-original (its result must be the same twice). For float64 models six and three in all. Memory: one float64 copy at a
-time, and the outputs.
+Some outputs hang on rounding: detections are sorted and cut off at a threshold. Where the original itself, in its own
+dtype, is off by a quarter or of another size, only float64 with exact weights can tell, and without those the model is
+"not verifiable".
+
+Cost, in units of one sample: three passes of each model in float64, and one of the original for the noise where it is
+needed; three of the result in its own dtype and four of the original, whose result must be the same twice. Of float64
+models seven and three in all. Memory: one float64 copy at a time, and the outputs.
 """
 
 from __future__ import annotations
@@ -31,60 +35,30 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxconv.arithmetic import (
-    Perturb,
-    Promote,
-    Watch,
-    as_float64,
-    own_dtype,
-    reference_arithmetic,
-    undisturbed,
-)
+from fxconv.arithmetic import Perturb, Promote, Watch, as_float64, own_dtype, reference_arithmetic, undisturbed
 from fxconv.errors import ArgsError, NotAModuleError
+from fxconv.judge import FACTOR, Judge, OutputError, Run
+from fxconv.model_inputs import Batches, fixed_batch
 from fxconv.outputs import (
-    ErrorRow,
     OverflowFound,
     contiguity,
-    errors_of,
     flatten_output,
     is_floating,
     is_tensor,
     leaf_names,
-    magnitude,
     structural_difference,
     widened,
 )
-from fxconv.tolerance import DELTA, UNIT_ROUNDOFF, UNITS
+from fxconv.tolerance import DELTA
 
-__all__ = ["FACTOR", "FLOOR", "ModelVerdict", "check_model", "verify"]
+__all__ = ["ModelVerdict", "check_model", "verify"]
 
-FACTOR = 4.0
-"""How many times the original's own error the result's may be."""
-
-FLOOR = 2.0
-"""Unit roundoffs of the output's magnitude that are always allowed: the original may be exact by chance."""
+Weights = Mapping[str, torch.Tensor]
 
 _MORE = 12
 """Further samples of a result that exceeds its limit by less than `_HOPELESS`."""
 
 _HOPELESS = 64.0
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """Errors of one output tensor, relative to the original in float64: the worst over the samples and both norms."""
-
-    name: str
-    original: float
-    """The original in its own dtype; in a float64 model, its estimate."""
-    result: float
-    """The result in the model's dtype."""
-    float64: float
-    """The result in float64."""
-    limit: float
-    """What `result` and `float64` may be."""
-    ratio: float
-    """The largest share of its limit that any sample reached in either norm; at most 1 passes."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +77,7 @@ class ModelVerdict:
     float64_error: float = 0.0
     """Largest error of the result in float64, likewise."""
     limit: float = 0.0
-    """What the errors of the output nearest to its limit may be."""
+    """What `error` may be, of the output that is nearest to its limit."""
     factor: float = FACTOR
     outputs: tuple[OutputError, ...] = ()
     batches: tuple[int, ...] = ()
@@ -168,6 +142,7 @@ def check_model(
     kwargs: Mapping[str, Any] | None = None,
     *,
     batch_dims: Sequence[int | None] | str | None = "auto",
+    exact: Weights | Callable[[], Weights] | None = None,
     seed: int = 0,
     factor: float = FACTOR,
 ) -> ModelVerdict:
@@ -177,24 +152,13 @@ def check_model(
     None. "auto": dim 0 of every tensor whose size there is that of the first floating tensor, unless a graph says it is
     static or the original refuses another batch. None: nothing is batched, and the example's own shapes are used.
 
+    ``exact``: the float64 weights, by qualified name in ``result``, that the result's were rounded from, or a function
+    that makes them (it is called when no other float64 model is alive). With them the result is judged at float64 rounding
+    in float64, and it does not matter what its own dtype can resolve.
+
     Neither model is changed: buffers that a forward pass writes to are restored, random generators too.
     """
-    return _Comparison(original, result, args, dict(kwargs or {}), batch_dims, seed, factor).run()
-
-
-@dataclass
-class _Sides:
-    """The outputs' leaves of one batch under the four runs."""
-
-    label: str
-    inputs: list[Any]
-    samples: int
-    """Samples in it: rows of outputs whose dim 0 is this are judged one by one."""
-    original: list[Any] = dataclasses.field(default_factory=list)
-    result: list[Any] = dataclasses.field(default_factory=list)
-    original64: list[Any] = dataclasses.field(default_factory=list)
-    result64: list[Any] = dataclasses.field(default_factory=list)
-    noise: list[Any] = dataclasses.field(default_factory=list)
+    return _Comparison(original, result, (args, dict(kwargs or {})), batch_dims, exact, seed, factor).run()
 
 
 class _Comparison:
@@ -202,43 +166,40 @@ class _Comparison:
         self,
         original: nn.Module,
         result: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
         batch_dims: Sequence[int | None] | str | None,
+        exact: Weights | Callable[[], Weights] | None,
         seed: int,
         factor: float,
     ) -> None:
         self.original = original
         self.result = result
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self.spec = pytree.tree_flatten(inputs)
+        if batch_dims == "auto" and (fixed_batch(original) or fixed_batch(result)):
+            batch_dims = None
+        self.batches = Batches(self.leaves, batch_dims)
         self.dtype = own_dtype(original, self.leaves)
-        self.batch_dims = batch_dims
+        self.exact = None if self.dtype == torch.float64 else exact
         self.seed = seed
-        self.factor = factor
+        self.judge = Judge(self.dtype, factor, self.exact is not None)
         self.seeds = [seed]
         self.notes: list[str] = []
         self.passes = {"original": 0.0, "result": 0.0, "original64": 0.0, "result64": 0.0}
         self.names: list[str] = []
-        self.runs: list[_Sides] = []
+        self.runs: list[Run] = []
+        self.narrow = False
 
     def run(self) -> ModelVerdict:
         outputs: tuple[OutputError, ...] = ()
         try:
             with reference_arithmetic(), undisturbed(self.original, self.result) as self.restore:
                 outputs = self._measure()
-            bad = [o for o in outputs if not o.ratio <= 1]
-            status = "failed" if bad else "verified"
-            reason = ""
-            if bad:
-                o = max(bad, key=lambda o: o.ratio)
-                reason = (
-                    f"{o.name} has an error of {max(o.result, o.float64):.2e}, {o.ratio:.2g} times its limit; the "
-                    f"original's own is {o.original:.2e} (both against the original in float64)"
-                )
+            status, reason = self._sentence(outputs)
         except _Stop as stop:
             status, reason = stop.status, str(stop)
         except OverflowFound as overflow:
             status, reason = "failed", str(overflow)
+        self.notes += [f"{o.name} {o.note}" for o in outputs if o.note]
         nearest = max(outputs, key=lambda o: o.ratio, default=None)
         return ModelVerdict(
             status,
@@ -248,7 +209,7 @@ class _Comparison:
             max((o.original for o in outputs), default=0.0),
             max((o.float64 for o in outputs), default=0.0),
             nearest.limit if nearest else 0.0,
-            self.factor,
+            self.judge.factor,
             outputs,
             tuple(r.samples for r in self.runs),
             tuple(self.seeds),
@@ -256,11 +217,26 @@ class _Comparison:
             dict(self.passes),
         )
 
+    @staticmethod
+    def _sentence(outputs: Sequence[OutputError]) -> tuple[str, str]:
+        """Status and reason."""
+        bad = [o for o in outputs if not o.unstable and not o.ratio <= 1]
+        if bad:
+            o = max(bad, key=lambda o: o.ratio)
+            return "failed", (
+                f"{o.name} has an error of {o.result:.2e}, in float64 {o.float64:.2e}, which is {o.ratio:.2g} times its "
+                f"limit; the original's own is {o.original:.2e} (all against the original in float64)"
+            )
+        for o in outputs:
+            if o.unstable:
+                return "not verifiable", f"{o.name}: {o.unstable}"
+        return "verified", ""
+
     # --- running ---------------------------------------------------------------------------------------------------
 
     def _call(self, side: str, module: nn.Module, inputs: Sequence[Any], samples: float) -> tuple[list[Any], Any]:
         """Flattened outputs and their structure. Inputs are cloned: a model may write to them."""
-        self.passes[side] += samples / max(self.unit, 1)
+        self.passes[side] += samples
         copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         args, kwargs = pytree.tree_unflatten(copies, self.spec)
         try:
@@ -269,41 +245,39 @@ class _Comparison:
             self.restore()
 
     def _measure(self) -> tuple[OutputError, ...]:
-        self.unit = 1
         self.runs = self._own_runs()
         self._float64_runs(self.runs)
-        outputs = self._judge(self.runs)
-        worst = max((o.ratio for o in outputs), default=0.0)
+        outputs = self.judge(self.names, self.runs)
+        worst = max((o.ratio for o in outputs if not o.unstable), default=0.0)
         if 1 < worst < _HOPELESS:
             self.seeds.append(self.seed + 1)
             self.notes.append(f"measured again on {_MORE} samples, since few errors fluctuate")
-            more = [self._gaussian_run(self.seed + 1 + k) for k in range(_MORE // 2)]
+            count = _MORE // self.batches.stacked
+            more = [
+                Run("Gaussian inputs", self.batches.gaussian(self.seed + 1 + k), self.batches.stacked)
+                for k in range(count)
+            ]
             for run in more:
-                for name, module in (("original", self.original), ("result", self.result)):
-                    setattr(run, name, self._call(name, module, run.inputs, run.samples)[0])
+                run.original, spec = self._call("original", self.original, run.inputs, run.samples)
+                self._result_run(run, spec)
             self._float64_runs(more)
             self.runs = [*self.runs, *more]
-            outputs = self._judge(self.runs)
+            outputs = self.judge(self.names, self.runs)
         return outputs
 
-    def _own_runs(self) -> list[_Sides]:
+    def _own_runs(self) -> list[Run]:
         """Both models in their own dtype: the example at batch 1, twice the original, and with a Gaussian sample."""
-        dims, size = self._batch()
-        one = self.leaves if dims is None else _take(self.leaves, dims, 1)
-        single = _Sides("the example", one, 1)
-        if dims is None:
-            gaussian = [_random(x, self._generator(self.seed)) for x in self.leaves]
-            double = _Sides("Gaussian inputs", gaussian, 1)
-        else:
-            double = self._pair(one, dims, self.seed)
+        batches = self.batches
+        single = Run("the example", batches.one(), 1)
+        label = "Gaussian inputs" if batches.dims is None else "the example and a Gaussian sample in a batch of 2"
+        double = Run(label, batches.with_gaussian(self.seed), batches.stacked)
         try:
             with Watch() as watch:
-                single.original, spec = self._call("original", self.original, one, 1)
-            again, _ = self._call("original", self.original, one, 1)
+                single.original, spec = self._call("original", self.original, single.inputs, 1)
+            again, _ = self._call("original", self.original, single.inputs, 1)
         except Exception as error:  # noqa: BLE001 - a model raises what it likes
-            if dims is not None and size > 1 and self.batch_dims == "auto":
-                self.batch_dims = None  # one sample of the example is not what it takes
-                return self._own_runs()
+            if batches.guessed and batches.size > 1:
+                return self._unbatched()  # one sample of the example is not what it takes
             raise _Stop("not verifiable", f"the original raises on the example inputs: {_text(error)}") from error
         self._same_twice(single.original, again, watch)
         self.narrow = watch.narrow
@@ -312,16 +286,17 @@ class _Comparison:
         try:
             double.original, spec = self._call("original", self.original, double.inputs, double.samples)
         except Exception as error:  # noqa: BLE001
-            if dims is None or self.batch_dims != "auto":
-                raise _Stop("not verifiable", f"the original raises on {double.label}: {_text(error)}") from error
-            # Dim 0 was no batch, or a fixed one: then the example's own shapes are all that there is.
-            self.batch_dims = None
-            return self._own_runs()
+            if batches.guessed and batches.dims is not None:
+                return self._unbatched()  # dim 0 was no batch, or a fixed one
+            raise _Stop("not verifiable", f"the original raises on {double.label}: {_text(error)}") from error
         self._result_run(double, spec)
-        self.dims = dims
         return [single, double]
 
-    def _result_run(self, run: _Sides, spec: Any) -> None:
+    def _unbatched(self) -> list[Run]:
+        self.batches = Batches(self.leaves, None)
+        return self._own_runs()
+
+    def _result_run(self, run: Run, spec: Any) -> None:
         watch = Watch()
         try:
             with watch:
@@ -329,8 +304,8 @@ class _Comparison:
         except Exception as error:  # noqa: BLE001
             raise _Stop("failed", f"the result raises on {run.label}, the original does not: {_text(error)}") from error
         problem = structural_difference(run.original, spec, run.result, result_spec, self.names)
-        if problem:
-            if problem.startswith("shapes differ") and watch.squeezes:
+        if problem and not (problem.startswith("shapes") and self._size_hangs_on_rounding(run)):
+            if problem.startswith("shapes") and watch.squeezes:
                 problem += "; " + "; ".join(watch.squeezes)
             raise _Stop("failed", problem)
         for name, a, b in zip(self.names, run.original, run.result, strict=True):
@@ -339,7 +314,16 @@ class _Comparison:
                 if contiguity(a) != contiguity(b) and note not in self.notes:
                     self.notes.append(note)
 
-    def _float64_runs(self, runs: list[_Sides]) -> None:
+    def _size_hangs_on_rounding(self, run: Run) -> bool:
+        """Whether the original's own outputs have other shapes in float64."""
+        try:
+            with Promote():
+                wide, _ = self._call("original64", as_float64(self.original), list(map(_float64, run.inputs)), 1)
+        except Exception:  # noqa: BLE001 - then the difference is simply that
+            return False
+        return [getattr(x, "shape", None) for x in wide] != [getattr(x, "shape", None) for x in run.original]
+
+    def _float64_runs(self, runs: list[Run]) -> None:
         """The float64 outputs of both, one float64 model at a time; of a float64 model they are there already."""
         if self.dtype == torch.float64 and not self.narrow:
             for run in runs:
@@ -349,71 +333,29 @@ class _Comparison:
         for side, module in (("original64", self.original), ("result64", self.result)):
             try:
                 wide = as_float64(module)
-                with undisturbed(wide) as self.restore:
+                if side == "result64" and self.exact is not None:
+                    _load(wide, self.exact() if callable(self.exact) else self.exact)
+                with undisturbed(wide) as self.restore, Promote():
                     for run in runs:
-                        inputs = [_float64(x) for x in run.inputs]
-                        with Promote():
-                            setattr(run, side, self._call(side, wide, inputs, run.samples)[0])
-                            if self.dtype == torch.float64 and side == "original64":
-                                run.noise = self._noise(wide, run)
+                        setattr(run, side, self._call(side, wide, list(map(_float64, run.inputs)), run.samples)[0])
+                    if side == "original64" and (self.dtype == torch.float64 or self.exact is not None):
+                        # One sample is enough: noise is measured relative to the output.
+                        runs[0].noise = self._noise(wide, runs[0])
                 del wide
             except Exception as error:  # noqa: BLE001
                 name = side.removesuffix("64")
                 raise _Stop("not verifiable", f"the {name} does not run in float64: {_text(error)}") from error
 
-    def _noise(self, module: nn.Module, run: _Sides) -> list[Any]:
+    def _noise(self, module: nn.Module, run: Run) -> list[Any]:
         """|O_δ − O| / δ for every floating output, of one draw; None for the others."""
         mode = Perturb(DELTA, self.seed + 1, everywhere=False)
-        inputs = [mode.noisy(x) if isinstance(x, torch.Tensor) else x for x in run.inputs]
+        inputs = [mode.noisy(_float64(x)) if isinstance(x, torch.Tensor) else x for x in run.inputs]
         with mode:
             moved, _ = self._call("original64", module, inputs, run.samples)
         return [
             (m - o).abs() / DELTA if is_floating(o) and m.shape == o.shape else None
             for m, o in zip(moved, run.original64, strict=True)
         ]
-
-    # --- inputs ----------------------------------------------------------------------------------------------------
-
-    def _batch(self) -> tuple[list[int | None] | None, int]:
-        """The batch dim of every leaf, and the batch of the example; (None, 1) where there is none."""
-        dims = self.batch_dims
-        if dims == "auto":
-            dims = _guess(self.leaves)
-            if dims is not None and (_static(self.original) or _static(self.result)):
-                dims = None
-        elif dims is not None and not isinstance(dims, str) and len(dims) != len(self.leaves):
-            raise ArgsError(f"batch_dims has {len(dims)} entries, and the inputs have {len(self.leaves)} leaves")
-        if dims is None or isinstance(dims, str) or all(d is None for d in dims):
-            return None, 1
-        sizes = {x.shape[d] for x, d in zip(self.leaves, dims, strict=True) if d is not None}
-        if len(sizes) != 1 or 0 in sizes:
-            return None, 1
-        return list(dims), sizes.pop()
-
-    def _pair(self, one: list[Any], dims: Sequence[int | None], seed: int) -> _Sides:
-        """The example and a Gaussian sample in one batch."""
-        generator = self._generator(seed)
-        both = [
-            torch.cat([x, _random(x, generator)], d) if d is not None else x for x, d in zip(one, dims, strict=True)
-        ]
-        return _Sides("the example and a Gaussian sample in a batch of 2", both, 2)
-
-    def _gaussian_run(self, seed: int) -> _Sides:
-        one = self.runs[0].inputs
-        generator = self._generator(seed)
-        if self.dims is None:
-            return _Sides("Gaussian inputs", [_random(x, generator) for x in one], 1)
-        pairs = [
-            torch.cat([_random(x, generator), _random(x, generator)], d) if d is not None else x
-            for x, d in zip(one, self.dims, strict=True)
-        ]
-        return _Sides("Gaussian inputs in a batch of 2", pairs, 2)
-
-    @staticmethod
-    def _generator(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
-
-    # --- judging ---------------------------------------------------------------------------------------------------
 
     def _same_twice(self, first: list[Any], second: list[Any], watch: Watch) -> None:
         """Raise where the original is random: two runs differ by more than the order of a sum could explain."""
@@ -431,63 +373,18 @@ class _Comparison:
                 ops = ", ".join(watch.random) or "an operator that is not deterministic"
                 raise _Stop("not verifiable", f"the original gives another result each time: {ops}")
 
-    def _judge(self, runs: Sequence[_Sides]) -> tuple[OutputError, ...]:
-        found = []
-        for k, name in enumerate(self.names):
-            if not is_tensor(runs[0].original[k]):
-                continue
-            judge = self._floats if is_floating(runs[0].original[k]) else self._integers
-            error = judge(name, k, runs)
-            if error is not None:
-                found.append(error)
-        if not found and not self.notes:
-            self.notes.append("the model returns no tensor")
-        return tuple(found)
 
-    def _floats(self, name: str, k: int, runs: Sequence[_Sides]) -> OutputError:
-        top = max(magnitude(run.original64[k]) for run in runs)
-        rows: list[ErrorRow] = []
-        for run in runs:
-            reference = run.original64[k]
-            others = [run.original[k], run.result[k], run.result64[k]]
-            if any(o.shape != reference.shape for o in others):
-                raise _Stop(
-                    "not verifiable",
-                    f"the size of {name} depends on rounding: {tuple(reference.shape)} in float64, "
-                    f"{tuple(others[0].shape)} in {self.dtype}",
-                )
-            noise = run.noise[k] if run.noise else None
-            others.append(reference if noise is None else reference + UNIT_ROUNDOFF * noise)
-            rows += errors_of(reference, others, run.samples, top, name)
-
-        def most(of: Callable[[ErrorRow], float], norm: int) -> float:
-            return max((of(r) for r in rows if r.norm == norm), default=0.0)
-
-        wide = self.dtype == torch.float64
-        base = (UNITS if wide else FLOOR) * _unit(self.dtype)
-        ratio = 0.0
-        limit = 0.0
-        for norm in (1, 0):
-            own = self.factor * most(lambda r: r.original, norm) + base
-            allowed = UNITS * most(lambda r: r.noise, norm) + base if wide else own
-            limit = max(own, allowed)
-            ratio = max(ratio, most(lambda r: r.result, norm) / limit, most(lambda r: r.result64, norm) / allowed)
-        original = max(most(lambda r: r.original, 0), most(lambda r: r.noise, 0))
-        return OutputError(name, original, most(lambda r: r.result, 0), most(lambda r: r.result64, 0), limit, ratio)
-
-    def _integers(self, name: str, k: int, runs: Sequence[_Sides]) -> OutputError:
-        """Indices and masks: as many entries may differ from float64 as do in the original, and 1 in 10,000."""
-        share = [0.0, 0.0, 0.0]
-        for run in runs:
-            reference = run.original64[k]
-            for i, other in enumerate((run.original[k], run.result[k], run.result64[k])):
-                if other.shape != reference.shape:
-                    raise _Stop("not verifiable", f"the size of {name} depends on rounding")
-                if reference.numel():
-                    share[i] = max(share[i], float((other != reference).double().mean()))
-        limit = self.factor * share[0] + 1e-4
-        worst = max(share[1:])
-        return OutputError(name, share[0], share[1], share[2], limit, worst / limit)
+def _load(module: nn.Module, weights: Weights) -> None:
+    """Put float64 weights in place of the rounded ones, without a copy. Raises ArgsError for an unknown name."""
+    for name, value in weights.items():
+        owner: Any = module
+        *path, leaf = name.split(".")
+        for part in path:
+            owner = getattr(owner, part, None)
+        stored = getattr(owner, leaf, None)
+        if not isinstance(stored, torch.Tensor) or stored.shape != value.shape:
+            raise ArgsError(f"the result has no weight {name} of shape {tuple(value.shape)}")
+        stored.data = value.detach().to(stored.device, torch.float64)
 
 
 def _float64(x: Any) -> Any:
@@ -496,48 +393,6 @@ def _float64(x: Any) -> Any:
     return x.to(torch.complex128) if isinstance(x, torch.Tensor) and x.dtype.is_complex else x
 
 
-def _unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
 def _text(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-
-
-def _random(x: Any, generator: torch.Generator) -> Any:
-    """Something like ``x``: Gaussian of unit variance; integers drawn from the example's range; booleans by coin."""
-    if not isinstance(x, torch.Tensor) or x.numel() == 0:
-        return x
-    if x.dtype.is_floating_point or x.dtype.is_complex:
-        dtype = torch.complex128 if x.dtype.is_complex else torch.float64
-        return torch.randn(x.shape, generator=generator, dtype=dtype).to(x)
-    if x.dtype == torch.bool:
-        # A mask that hides everything makes NaN: keep the example's where it is constant.
-        return x if bool(x.all() == x.any()) else x[torch.randperm(x.shape[0], generator=generator).to(x.device)]
-    low, high = int(x.min()), int(x.max())
-    return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
-
-
-def _take(leaves: Sequence[Any], dims: Sequence[int | None], count: int) -> list[Any]:
-    return [x.narrow(d, 0, count) if d is not None else x for x, d in zip(leaves, dims, strict=True)]
-
-
-def _guess(leaves: Sequence[Any]) -> list[int | None] | None:
-    first = next((x for x in leaves if is_floating(x) and x.dim()), None)
-    first = first if first is not None else next((x for x in leaves if is_tensor(x) and x.dim()), None)
-    if first is None:
-        return None
-    return [0 if is_tensor(x) and x.dim() and x.shape[0] == first.shape[0] else None for x in leaves]
-
-
-def _static(module: nn.Module) -> bool:
-    """Whether a graph says that the batch of its first tensor input is fixed."""
-    graph = getattr(module, "graph", None)
-    if graph is None or not isinstance(module, torch.fx.GraphModule):
-        return False
-    for node in graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, torch.Tensor) and value.dim():
-            return isinstance(value.shape[0], int)
-    return False

@@ -98,6 +98,7 @@ class Writer:
     def _finish(self, node: fx.Node, val: Any) -> None:
         node.meta.update({k: v for k, v in self.meta.items() if k != "fake_mode"})
         node.meta["val"] = val
+        node.meta["fxconv_new"] = True
         if isinstance(val, torch.Tensor):
             from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
@@ -131,6 +132,7 @@ class Writer:
             # An activation in another layout.
             val = new.meta["val"]
         self._finish(out, val)
+        out.meta["fxconv_apply"] = True
         return out
 
     # -- sizes --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""A rewrite cut out of the graph: the nodes that it replaced and the new ones, as two float64 functions of one input list.
+
+The inputs are what the new nodes read. Where one of them is itself computed from another (``x`` and ``f(x)``), only the
+independent ones are inputs and the others are computed, by the original nodes on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from fxconv.axes import as_size, shape_of
+from fxconv.constants import Constants
+from fxconv.emit import Cluster, Emitted
+from fxconv.expr import Apply
+from fxconv.kernel import Kernel
+from fxconv.probe import InputSpec
+from fxconv.state import State
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a rewrite, in float64, and their inputs; ``nodes`` are those replaced, in graph order."""
+
+    original: fx.GraphModule
+    replacement: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    nodes: tuple[str, ...]
+    homogeneous: bool
+
+
+class Cutter:
+    """Cuts the clusters of one emitted graph."""
+
+    def __init__(self, state: State, captured: fx.GraphModule, emitted: Emitted) -> None:
+        self.state, self.captured, self.emitted = state, captured, emitted
+        self.lifted = state.lifter.lifted
+        self.constants: Constants = state.lifter.constants
+        self.before = {n.name: n for n in captured.graph.nodes}
+        self.after = {n.name: n for n in emitted.gm.graph.nodes}
+
+    def cut(self, cluster: Cluster) -> Pair:
+        """The two sides of one cluster."""
+        reads = {self.state.originals[v].node.name for v in cluster.reads}
+        target = self.before[cluster.node]
+        free = {name for name in reads if not self._reaches(self.before[name], reads)}
+        original_nodes, original_inputs = self._upstream(target, free, self._stops_before)
+        result = self.after[cluster.result]
+        new_nodes, new_inputs = self._upstream(result, free, self._stops_after)
+        inputs = list(dict.fromkeys([*original_inputs, *new_inputs]))
+        order = {name: i for i, name in enumerate(self.before)}
+        inputs.sort(key=lambda name: order.get(name, len(order)))
+        replaced = tuple(
+            n.name
+            for n in original_nodes
+            if n.op not in ("get_attr", "placeholder") and n not in self.lifted.barriers and n.name not in inputs
+        )
+        specs = tuple(self._spec(self.before.get(name) or self.after[name]) for name in inputs)
+        homogeneous = any(
+            isinstance(self.lifted.refs[n].value.node, Apply) for n in original_nodes if n in self.lifted.refs
+        ) or any(n.op.startswith("call") and n.meta.get("fxconv_apply") for n in new_nodes)
+        return Pair(
+            self._module(self.captured, original_nodes, inputs, target, {}),
+            self._module(self.emitted.gm, new_nodes, inputs, result, self.emitted.parameters),
+            specs,
+            replaced,
+            homogeneous,
+        )
+
+    def _reaches(self, node: fx.Node, reads: set[str]) -> bool:
+        """Whether a value is computed from another one in ``reads`` by affine operators alone."""
+        stack = list(node.all_input_nodes)
+        if self._stops_before(node):
+            return False
+        seen: set[fx.Node] = set()
+        while stack:
+            n = stack.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if n.name in reads:
+                return True
+            if n in self.lifted.ops and not isinstance(self.lifted.refs[n].value.node, Apply):
+                stack.extend(n.all_input_nodes)
+        return False
+
+    def _stops_before(self, node: fx.Node) -> bool:
+        if node.op == "placeholder" or not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor):
+            return True
+        return node not in self.lifted.ops and not self._is_constant(node)
+
+    def _stops_after(self, node: fx.Node) -> bool:
+        twin = self.before.get(node.name)
+        if node.meta.get("fxconv_new"):
+            return not isinstance(node.meta.get("val"), torch.Tensor)
+        return twin is not None and self._stops_before(twin)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return self.constants.is_constant(node)
+
+    def _upstream(self, target: fx.Node, free: set[str], stops: object) -> tuple[list[fx.Node], list[str]]:
+        """Nodes that compute ``target``, in graph order, and the names of the inputs they stop at."""
+        nodes: list[fx.Node] = []
+        inputs: list[str] = []
+        seen: set[fx.Node] = set()
+        stack: list[tuple[fx.Node, bool]] = [(target, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                nodes.append(node)
+                continue
+            if node in seen:
+                continue
+            seen.add(node)
+            if node is not target and (node.name in free or stops(node)):  # type: ignore[operator]
+                inputs.append(node.name)
+                continue
+            stack.append((node, True))
+            stack.extend((n, False) for n in reversed(node.all_input_nodes))
+        return nodes, inputs
+
+    def _spec(self, node: fx.Node) -> InputSpec:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            return InputSpec("tensor", shape_of(val), val.dtype)
+        return InputSpec("symint", (as_size(val),))
+
+    def _module(
+        self, source: fx.GraphModule, nodes: Iterable[fx.Node], inputs: list[str], target: fx.Node, exact: dict[str, Kernel]
+    ) -> fx.GraphModule:
+        graph = fx.Graph()
+        root = nn.Module()
+        env: dict[str, fx.Node] = {name: graph.placeholder(name) for name in inputs}
+        for node in nodes:
+            if node.name in env:
+                continue
+            if node.op == "get_attr":
+                name = f"constant_{len(env)}"
+                kernel = exact.get(str(node.target))
+                value = kernel.tensor() if kernel is not None else _attribute(source, str(node.target))
+                value = value.detach()
+                root.register_buffer(name, value.double() if value.is_floating_point() else value)
+                env[node.name] = graph.get_attr(name)
+            elif node.op == "call_module":
+                name = f"module_{len(env)}"
+                root.add_module(name, self._double(source, str(node.target), exact))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n.name])
+                env[node.name] = graph.call_module(name, args, kwargs)
+            else:
+                env[node.name] = graph.node_copy(node, lambda n: env[n.name])
+                _widen_dtypes(env[node.name])
+        graph.output((env[target.name],))
+        return fx.GraphModule(root, graph)
+
+    def _double(self, source: fx.GraphModule, name: str, exact: dict[str, Kernel]) -> nn.Module:
+        module = copy.deepcopy(source.get_submodule(name)).double()
+        for role in ("weight", "bias"):
+            kernel = exact.get(f"{name}.{role}")
+            if kernel is not None:
+                setattr(module, role, nn.Parameter(kernel.tensor().detach().clone(), requires_grad=False))
+        return module.eval()
+
+
+def _widen_dtypes(node: fx.Node) -> None:
+    """Dtypes that tracing baked into arguments are those of the model, not of the check."""
+
+    def wide(x: object) -> object:
+        return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+    node.args = tuple(wide(a) for a in node.args)  # type: ignore[misc]
+    node.kwargs = {k: wide(a) for k, a in node.kwargs.items()}  # type: ignore[misc]
+
+
+def _attribute(root: nn.Module, path: str) -> torch.Tensor:
+    value: object = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value
