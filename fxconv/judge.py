@@ -1,4 +1,4 @@
-"""Errors of a model's outputs against their limits; see `fxconv.verify_model` for the criteria and why they are these."""
+"""Errors of a model's outputs against their limits; `fxconv.verify_model` has the criteria, and why they are these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOOR = 2.0
 """Unit roundoffs of the output's magnitude that are always allowed: the original may be exact by chance."""
 
 UNSTABLE = 0.25
-"""Error of the original itself from which nothing can be said of its output: sorting or a threshold hangs on rounding."""
+"""Error of the original itself from which nothing can be said of its output: sorting or a threshold is in it."""
 
 _UNSTABLE64 = 1e-6
 """The same for the limit in float64."""
@@ -159,7 +159,8 @@ class Judge:
                 if i < 2 and unstable:
                     continue
                 if other.shape != reference.shape:
-                    return OutputError(name, *share, 0.0, 0.0, float("inf"), unstable or "its size hangs on rounding")
+                    why = unstable or "its size hangs on rounding"
+                    return OutputError(name, 0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), why)
                 if reference.numel():
                     share[i] = max(share[i], float((other != reference).double().mean()))
         if share[0] > UNSTABLE:

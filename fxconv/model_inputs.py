@@ -25,17 +25,16 @@ class Batches:
         self.guessed = dims == "auto"
         self.dims: list[int | None] | None = None
         self.size = 1
-        if self.guessed:
-            dims = _guess(self.leaves)
-        elif isinstance(dims, str):
+        if isinstance(dims, str) and not self.guessed:
             raise ArgsError(f"batch_dims is {dims!r}: expected 'auto', None, or a dim or None for each input")
-        elif dims is not None and len(dims) != len(self.leaves):
-            raise ArgsError(f"batch_dims has {len(dims)} entries, and the inputs have {len(self.leaves)} leaves")
-        if dims is None or isinstance(dims, str):
+        known = _guess(self.leaves) if isinstance(dims, str) else dims
+        if known is None:
             return
-        sizes = {x.shape[d] for x, d in zip(self.leaves, dims, strict=True) if d is not None}
+        if len(known) != len(self.leaves):
+            raise ArgsError(f"batch_dims has {len(known)} entries, and the inputs have {len(self.leaves)} leaves")
+        sizes = {x.shape[d] for x, d in zip(self.leaves, known, strict=True) if d is not None}
         if len(sizes) == 1 and 0 not in sizes:
-            self.dims = list(dims)
+            self.dims = list(known)
             self.size = sizes.pop()
 
     def one(self) -> list[Any]:

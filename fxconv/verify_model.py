@@ -153,8 +153,8 @@ def check_model(
     static or the original refuses another batch. None: nothing is batched, and the example's own shapes are used.
 
     ``exact``: the float64 weights, by qualified name in ``result``, that the result's were rounded from, or a function
-    that makes them (it is called when no other float64 model is alive). With them the result is judged at float64 rounding
-    in float64, and it does not matter what its own dtype can resolve.
+    that makes them (it is called when no other float64 model is alive). With them the result is judged at float64
+    rounding in float64, and it does not matter what its own dtype can resolve.
 
     Neither model is changed: buffers that a forward pass writes to are restored, random generators too.
     """
@@ -224,8 +224,8 @@ class _Comparison:
         if bad:
             o = max(bad, key=lambda o: o.ratio)
             return "failed", (
-                f"{o.name} has an error of {o.result:.2e}, in float64 {o.float64:.2e}, which is {o.ratio:.2g} times its "
-                f"limit; the original's own is {o.original:.2e} (all against the original in float64)"
+                f"{o.name} has an error of {o.result:.2e}, in float64 {o.float64:.2e}, which is {o.ratio:.2g} times "
+                f"its limit; the original's own is {o.original:.2e} (all against the original in float64)"
             )
         for o in outputs:
             if o.unstable:
@@ -342,6 +342,8 @@ class _Comparison:
                         # One sample is enough: noise is measured relative to the output.
                         runs[0].noise = self._noise(wide, runs[0])
                 del wide
+            except ArgsError:
+                raise
             except Exception as error:  # noqa: BLE001
                 name = side.removesuffix("64")
                 raise _Stop("not verifiable", f"the {name} does not run in float64: {_text(error)}") from error

@@ -160,12 +160,65 @@ def test_model_structure(a: Callable[[Tensor], Any], b: Callable[[Tensor], Any],
         lambda x: torch.fft.fft(x),
         lambda x: x.sum(),
         lambda x: (x, None),
-        lambda x: x[:, :0],
         lambda x: x > 0,
     ],
 )
 def test_model_outputs_of_any_kind(how: Callable[[Tensor], Any]) -> None:
     assert check_model(Outputs(how), Outputs(how), (torch.randn(1, 4),))
+
+
+@pytest.mark.parametrize("how", [lambda x: x[:, :0], lambda x: x * 0])
+def test_an_output_that_shows_nothing_is_noted(how: Callable[[Tensor], Any]) -> None:
+    verdict = check_model(Outputs(how), Outputs(how), (torch.randn(1, 4),))
+    assert verdict and "says nothing" in str(verdict)
+
+
+class Detector(nn.Module):
+    """Scores of 4,000 places, the best first: places swap for scores that lie closer than rounding."""
+
+    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 1)
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.b(self.a(x))[..., 0]
+        return x[0, self.keep(scores[0])][None]
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [
+        (lambda s: (s * 1e6 + torch.arange(4000) % 2 * 0.05).sort().indices, "the original itself is off by"),
+        (lambda s: ((s * 1e6 % 1.0) < 0.5).nonzero()[:, 0], "size hangs on rounding"),
+    ],
+)
+def test_outputs_that_hang_on_rounding(keep: Callable[[Tensor], Tensor], words: str) -> None:
+    """Only float64 with the unrounded weights can tell; it then can tell a wrong one."""
+    model, result = Detector(keep), Detector(keep)
+    weight = result.a.weight.detach().double()
+    weight[0] *= 1.001
+    x = torch.randn(1, 4000, 64)
+    verdict = check_model(model, result, (x,), batch_dims=None)
+    assert verdict.status == "not verifiable" and words in verdict.reason, verdict
+    right = check_model(model, result, (x,), batch_dims=None, exact={"a.weight": result.a.weight.double()})
+    assert right and "float64 only" in str(right), right
+    assert not check_model(model, result, (x,), batch_dims=None, exact=lambda: {"a.weight": weight})
+
+
+def test_exact_weights_are_judged_at_float64_rounding() -> None:
+    """A composition in float32 hides behind the rounding of a float32 model, unless its weights are given."""
+    model = net()
+    x = torch.randn(1, 3, 16, 12)
+    wide = net().double()
+    for within, right in ((torch.float64, True), (torch.float32, False)):
+        exact = {k: v for k, v in folded(wide, within=within).state_dict().items() if v.dtype == torch.float64}
+        verdict = check_model(model, folded(model), (x,), exact=exact)
+        assert bool(verdict) == right, verdict
+        assert verdict.passes["original64"] <= 4
+    with pytest.raises(ArgsError, match="no weight nothing"):
+        check_model(model, folded(model), (x,), exact={"nothing": torch.ones(1)})
 
 
 @pytest.mark.parametrize(
