@@ -87,6 +87,30 @@ def _random_parameter(
     return normal(p, math.sqrt(gain / max(fan_in, 1)))
 
 
+def settle(model: nn.Module, *args: Any) -> nn.Module:
+    """Rescale each convolution's and Linear's weight, in execution order, so that what it adds to its bias has a deviation of 1.
+
+    Networks that sum many branches per block would otherwise reach 1e14, where biases drown and nothing can be seen of them.
+    """
+
+    def rescale(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        bias = module.bias
+        shape = [1, -1, *[1] * (output.ndim - 2)] if module.weight.ndim > 2 else [-1]  # type: ignore[union-attr, operator]
+        shift = bias.view(shape) if isinstance(bias, Tensor) else 0.0
+        scale = (output - shift).std()
+        if not scale > 0:
+            return output
+        module.weight.div_(scale)  # type: ignore[operator, union-attr]
+        return (output - shift) / scale + shift
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
+    handles = [m.register_forward_hook(rescale) for m in layers if type(m).__module__.startswith("torch.")]
+    run(model, args)
+    for handle in handles:
+        handle.remove()
+    return model
+
+
 def draw(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """A Gaussian tensor of `shape`, with a few large values of both signs (a ReLU or a max-pool must matter)."""
     generator = torch.Generator().manual_seed(seed)

@@ -32,7 +32,7 @@ def test_row_names_are_unique() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
-# --- rows that need more than a table ----------------------------------------------------------------------------------
+# --- rows that need more than a table ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
@@ -89,7 +89,7 @@ def chain_model(**layers: nn.Module) -> nn.Module:
     return build(*chain(**layers), 1)
 
 
-# --- composition of two windows ----------------------------------------------------------------------------------------
+# --- composition of two windows ------------------------------------------------------------------------------------
 
 # (kernel, stride, padding, dilation) twice; the width between is large, so that merging always pays where it is legal.
 LEGAL = {
@@ -169,7 +169,7 @@ def test_strided_conv_then_transposed_conv_is_periodic() -> None:
     check(randomise(model), (draw((2, 4, 8, 12)),))
 
 
-# --- BatchNorm into everything -----------------------------------------------------------------------------------------
+# --- BatchNorm into everything -------------------------------------------------------------------------------------
 
 FOLDS = {
     "1d": (conv(1)(6, 8, 3, padding=1), 1),
@@ -197,7 +197,7 @@ def test_batch_norm_folds_into_its_producer(name: str, affine: bool) -> None:
     )
 
 
-# --- must not fire, and says why ---------------------------------------------------------------------------------------
+# --- must not fire, and says why -----------------------------------------------------------------------------------
 
 
 def between(name: str, middle: nn.Module, **expect: object) -> object:
@@ -235,7 +235,7 @@ def test_must_not_fire(make: object, shape: tuple[int, ...], expect: dict[str, o
     check(randomise(make()), (draw(shape),), capture=capture, **expect)  # type: ignore[operator, arg-type]
 
 
-# --- size and time of the search ---------------------------------------------------------------------------------------
+# --- size and time of the search -----------------------------------------------------------------------------------
 
 
 def test_a_chain_of_200_linears_is_one_linear() -> None:

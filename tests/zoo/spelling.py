@@ -125,7 +125,7 @@ class Speller:
         return self.relu(x)
 
     def _dropout(self, m: Any, x: Tensor) -> Tensor:
-        return F.dropout(x, m.p, training=False) if self._spelling == "functional" else aten.dropout(x, m.p, False)
+        return F.dropout(x, m.p, training=False) if self._spelling == "functional" else torch.dropout(x, m.p, False)
 
     def _identity(self, m: Any, x: Tensor) -> Tensor:
         return x.contiguous() if self._spelling == "method" else x
