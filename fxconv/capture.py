@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -31,10 +33,11 @@ from fxconv.trace import strip_asserts, trace
 
 __all__ = ["Captured", "capture", "restore_inplace"]
 
-EXPORT_SECONDS = 12.0
-"""CPU seconds after which an export with every dim dynamic is given up if it is slow per operator (see below)."""
-EXPORT_SECONDS_PER_CALL = 0.015
-"""Ordinary models take 1 to 3 ms per torch function; torchvision's Swin with symbolic height and width takes 46."""
+SLOW_CALL_SECONDS = 0.2
+"""An export step that takes longer than this is bogged down in symbolic sizes: ordinary ones take about 5 ms."""
+SLOW_EXPORT_SECONDS = 8.0
+"""CPU seconds in such steps after which an export with every dim dynamic is given up. torchvision's Swin takes 225 s with
+symbolic height and width and 5 s without; of 130 timm families none is near."""
 
 
 @dataclass
@@ -102,45 +105,51 @@ def capture(
 def _with_args(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, mode: str
 ) -> Captured:
-    failures: list[str] = []
     expected = _expected(model, args, kwargs)
     hooked = hooked_modules(model)
-    attempts: list[Callable[[], Captured]] = []
-    export = [
-        lambda plan=plan: _export(model, args, kwargs, plan)  # type: ignore[misc]
+    export: list[_Attempt] = [
+        ("export", lambda plan=plan: _export(model, args, kwargs, plan))  # type: ignore[misc]
         for plan in _plans(args, kwargs, dynamic_shapes)
     ]
-    symbolic: list[Callable[[], Captured]] = [lambda: _symbolic(model, args, kwargs, dynamic_shapes)]
-    if mode == "symbolic":
-        attempts = symbolic
-    elif mode == "export":
-        attempts = [*export]
-    elif hooked:
-        # Export traces a hook's effect on values and loses its side effects; as a leaf module it keeps both.
-        attempts = [*symbolic, *export]
-    else:
-        attempts = [*export, *symbolic]
-    for attempt in attempts:
+    whole = mode == "auto"
+    symbolic: list[_Attempt] = [
+        ("symbolic", lambda: _symbolic(model, args, kwargs, dynamic_shapes, expected, whole))
+    ]
+    # Export traces a hook's effect on values and loses its side effects; as a leaf module a hooked one keeps both.
+    order = {"export": export, "symbolic": symbolic}.get(mode, [*symbolic, *export] if hooked else [*export, *symbolic])
+    failures: list[str] = []
+    hopeless: set[str] = set()
+    for kind, attempt in order:
+        if kind in hopeless:
+            continue
         try:
             captured = attempt()
             problem = _difference(captured.gm, args, kwargs, expected)
         except TrainingModeError:
             raise
         except Exception as error:
-            failures.append(_one_line(error))
-            continue
+            problem = _one_line(error)
+            if isinstance(error, GuardOnDataDependentSymNode):  # control flow on values: other sizes will not help
+                hopeless.add(kind)
         if problem is None:
-            unique = list(dict.fromkeys(failures))
-            captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in unique]
+            captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
             if hooked and captured.how == "export":
-                captured.notes.append(
-                    f"the forward hooks of {', '.join(repr(h) for h in hooked[:3])} were traced: what they do to values "
-                    "is in the graph, what else they do (recording, printing) is not"
-                )
+                captured.notes.append(_traced_hooks(hooked))
             return captured
         failures.append(problem)
     reasons = "; ".join(dict.fromkeys(failures))
-    raise CaptureError(f"{type(model).__name__} could not be captured ({reasons})")
+    raise CaptureError(f"{type(model).__name__} could not be captured whole ({reasons})")
+
+
+_Attempt = tuple[str, Callable[[], Captured]]
+
+
+def _traced_hooks(hooked: list[str]) -> str:
+    names = ", ".join(repr(name) if name else "the model itself" for name in hooked[:3])
+    return (
+        f"the forward hooks of {names} were traced: what they do to values is in the graph, what else they do "
+        "(recording, printing) is not"
+    )
 
 
 @dataclass(frozen=True)
@@ -284,21 +293,20 @@ class _TooSlow(CaptureError):
 
 
 class _Budget(TorchFunctionMode):
-    """Gives an export up that is slow per operator. CPU time of this thread, so that a busy machine changes nothing."""
+    """Gives an export up that has spent too long in slow steps (CPU time, so that a busy machine changes nothing)."""
 
     def __enter__(self) -> _Budget:
-        self.start, self.count = time.thread_time(), 0
+        self.last, self.slow = time.thread_time(), 0.0
         super().__enter__()
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        spent = time.thread_time() - self.start
-        if spent > EXPORT_SECONDS and spent > EXPORT_SECONDS_PER_CALL * self.count:
-            raise _TooSlow(
-                f"export with every dim dynamic took {spent:.0f} s for {self.count} calls, too slow to go on "
-                "(pass dynamic_shapes to insist)"
-            )
+        now = time.thread_time()
+        step, self.last = now - self.last, now
+        if step > SLOW_CALL_SECONDS:
+            self.slow += step
+            if self.slow > SLOW_EXPORT_SECONDS:
+                raise _TooSlow("with every dim dynamic the export is too slow; pass dynamic_shapes to insist")
         return func(*args, **(kwargs or {}))
 
 
@@ -359,15 +367,31 @@ def _frozen_reason(model: nn.Module) -> str:
 # ----------------------------------------------------------------- symbolic
 
 
-def _symbolic(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any], dynamic_shapes: Any) -> Captured:
+def _symbolic(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    expected: Any = None,
+    whole: bool = False,
+) -> Captured:
+    """``whole`` refuses a graph that hides much of the model in children that cannot be traced: parts do better."""
     twin = structural_copy(model)
     with _quiet():
         gm, barriers = trace(twin)
     strip_asserts(gm)
+    if whole:
+        _refuse_mostly_opaque(gm, barriers)
+    _keep_root_hooks(twin, gm)
+    if args is not None:
+        _keep_output_types(gm, expected)
     notes: list[str] = []
+    checks: list[shapes.SizeCheck] = []
     if args is not None:
         chosen = dynamic_shapes if dynamic_shapes is not None else "all"
-        notes += _propagate(gm, args, kwargs, chosen)
+        propagated, chosen = _propagate(gm, args, kwargs, chosen)
+        notes += propagated
+        checks = shapes.size_checks(gm, _fixed_sizes(gm, chosen))
     barriers = {**functionalise(gm), **barriers}
     if args is not None:
         notes += _bare_squeezes(gm)
@@ -378,7 +402,9 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, 
     def rebuild(rewritten: fx.GraphModule) -> fx.GraphModule:
         kept = {str(n.target) for n in rewritten.graph.nodes if n.op == "call_module"}
         frozen = _frozen_reason(model) if targets - kept else baked
-        return finish(rewritten, name, frozen, None, model.forward)
+        result = finish(rewritten, name, frozen, None, model.forward, checks)
+        _keep_root_hooks(twin, result)
+        return result
 
     return Captured(gm, "module", "symbolic", args or (), kwargs, rebuild, notes, barriers)
 
@@ -387,8 +413,62 @@ def _switches(gm: fx.GraphModule, target: str) -> bool:
     return any(mode_dependent(m) for m in gm.get_submodule(target).modules())
 
 
-def _propagate(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> list[str]:
-    """Shapes with dynamic dims; with fewer of them where the graph does not run so or pins them."""
+def _refuse_mostly_opaque(gm: fx.GraphModule, barriers: dict[str, str]) -> None:
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    hidden = {
+        str(n.target): barriers[n.name]
+        for n in gm.graph.nodes
+        if n.op == "call_module" and "cannot be traced" in barriers.get(n.name, "")
+    }
+    opaque = sum(weights(gm.get_submodule(target)) for target in hidden)
+    if opaque > 0.1 * weights(gm):
+        target, reason = next(iter(hidden.items()))
+        raise CaptureError(f"symbolic_trace keeps {target!r} whole: {reason}")
+
+
+def _keep_root_hooks(source: nn.Module, gm: nn.Module) -> None:
+    """Hooks of the model itself run around its forward, which is what was traced: they go on doing so."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+                 "_forward_hooks_always_called"):  # fmt: skip
+        getattr(gm, kind).update(getattr(source, kind))
+
+
+def _keep_output_types(gm: fx.GraphModule, expected: Any) -> None:
+    """``fx`` turns an OrderedDict or dataclass output into plain containers: rebuild what the model returned."""
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    leaves, spec = pytree.tree_flatten(output.args[0])
+    _, wanted = pytree.tree_flatten(expected)
+    if spec == wanted or len(leaves) != wanted.num_leaves:
+        return
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if any(n.args for n in placeholders):
+        return
+    names = [str(n.target) for n in placeholders]
+    _, in_spec = pytree.tree_flatten((tuple(0 for _ in names), {}))
+    output.args = (tuple(leaves),)
+    gm.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, in_spec, wanted))
+    gm.recompile()
+
+
+def _fixed_sizes(gm: fx.GraphModule, chosen: Any) -> set[tuple[str, int]]:
+    """(placeholder, dim) that the shapes of the graph take for fixed by choice (``chosen`` as in ``propagate``)."""
+    fixed: set[tuple[str, int]] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and chosen != "all":
+            fixed |= {(node.name, d) for d, size in enumerate(value.shape) if not isinstance(size, torch.SymInt)}
+    return fixed
+
+
+def _propagate(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> tuple[list[str], Any]:
+    """Shapes with dynamic dims; with fewer of them where the graph does not run so or pins them.
+
+    Returns notes and what was made dynamic in the end.
+    """
     double = shapes.needs_doubling(args, kwargs, dynamic if not isinstance(dynamic, str) else None)
     given = dynamic if not isinstance(dynamic, str) else None
     wide = shapes.doubled(args, kwargs, given) if double else (args, kwargs)
@@ -405,7 +485,7 @@ def _propagate(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
             continue
         if choice == "all" and shapes.pinned_symbols(mode.shape_env):  # type: ignore[arg-type]
             continue
-        return [] if choice == dynamic else [f"sizes: {choice} dynamic only"]
+        return ([] if choice == dynamic else [f"only these dims are dynamic: {choice}"]), choice
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
     raise CaptureError(f"the graph does not run on fake inputs ({_one_line(error)})") from error
@@ -445,7 +525,7 @@ def _guess_shapes(model: nn.Module, captured: Captured) -> Captured:
         if len(guess) != sum(n.op == "placeholder" and not n.args for n in captured.gm.graph.nodes):
             break
         try:
-            captured.notes += _propagate(captured.gm, guess, {}, "all")
+            captured.notes += _propagate(captured.gm, guess, {}, "all")[0]
         except Exception:
             continue
         captured.notes += _bare_squeezes(captured.gm)

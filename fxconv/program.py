@@ -224,6 +224,7 @@ def _inline_no_grad(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
         if not block.users:
             gm.graph.erase_node(block)
+            gm.delete_submodule(str(block.target))
 
 
 # ----------------------------------------------------------------- back to an ExportedProgram

@@ -127,7 +127,7 @@ def expand(c: Context, input: Any, *size: Any, **kwargs: Any) -> Op:
 def getattribute(c: Context, input: Any, name: str) -> Op | Barrier:
     if name in ("T", "mT", "H", "mH") and isinstance(c.value(input), torch.Tensor):
         return transpose_all(c, input) if name in ("T", "H") else transpose_last(c, input)
-    if name in ("data", "real"):
+    if name == "real":
         return c.make("identity", (input,))
     return SILENT if name in ("shape", "device", "dtype", "ndim") else Barrier(f"attribute {name!r} of a tensor")
 
@@ -434,8 +434,14 @@ def tensor_unfold(c: Context, input: Any, dimension: Any, size: Any, step: Any) 
 # ----------------------------------------------------------------- nothing happens
 
 
-@spelling("contiguous", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "detach_copy", "alias_copy")
-@spelling("requires_grad_", "aten._conj", "resolve_conj", "resolve_neg")
+@spelling("detach", "detach_copy")
+def detach(c: Context, input: Any) -> Barrier:
+    """An identity on values, but gradients through the result must be those of the original."""
+    return Barrier("detach() stops the gradient")
+
+
+@spelling("contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "alias_copy")
+@spelling("aten._conj", "resolve_conj", "resolve_neg")
 def identity(c: Context, input: Any, *args: Any, **kwargs: Any) -> Op:
     return c.make("identity", (input,))
 
