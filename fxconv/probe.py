@@ -94,6 +94,8 @@ class Sizes:
 
     def _clamped(self, symbol: sympy.Symbol, value: int) -> int:
         low, high, _ = self.symbols[symbol]
+        # A traced graph says 2 where it saw a batch of 2: it cannot say 1. It is run with 1 all the same.
+        low = 1 if low == 2 and symbol in self.batch else low
         value = max(value, low, 1)
         return value if high is None else min(value, high)
 
