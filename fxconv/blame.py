@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
-from fxconv.probe import InputSpec
+from fxconv.probe import InputSpec, shapes_at
 
 __all__ = ["bisect", "reproduction"]
 
@@ -55,13 +56,17 @@ def bisect(apply: Callable[[frozenset[int]], bool], n: int) -> frozenset[int]:
 
 
 def reproduction(
-    original: fx.GraphModule, replacement: fx.GraphModule, inputs: Sequence[InputSpec | torch.Tensor], seed: int = 0
+    original: fx.GraphModule,
+    replacement: fx.GraphModule,
+    inputs: Sequence[InputSpec],
+    seed: int = 0,
+    values: Mapping[sympy.Symbol, int] | None = None,
 ) -> str:
     """A Python script that runs both on Gaussian inputs of these shapes and prints how far they are apart.
 
     It needs torch alone. Small weights are in the script, bit for bit. Larger ones do not fit into a mail: then the
     original has random weights, and the script transforms it anew, which shows the same fault where it does not depend
-    on the weights. ``inputs`` have numbers for shapes (`fxconv.probe.shapes_at`), or are example tensors.
+    on the weights. ``values`` has a number for each symbol in the inputs' shapes.
     """
     size = sum(t.numel() for gm in (original, replacement) for t in _state(gm).values())
     paste = size <= _PASTE
@@ -80,11 +85,8 @@ def reproduction(
     if paste:
         lines += _module("Replacement", replacement, seed, paste)
     lines += ["", f"torch.manual_seed({seed})", "inputs = ["]
-    for x in inputs:
-        if isinstance(x, InputSpec) and x.kind == "symint":
-            lines.append(f"    {int(x.shape[0])},")
-        else:
-            lines.append(f"    torch.randn({tuple(int(d) for d in x.shape)}, dtype=torch.float64),")
+    for spec, shape in zip(inputs, shapes_at(inputs, values or {}), strict=True):
+        lines.append(f"    {shape[0]}," if spec.kind == "symint" else f"    torch.randn({shape}, dtype=torch.float64),")
     lines += ["]", "original = Original().double().eval()"]
     if paste:
         lines += ["replacement = Replacement().double().eval()"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -441,7 +442,8 @@ class Affine(nn.Module):
 
 def test_reproduction_runs_and_shows_the_fault(capsys: pytest.CaptureFixture[str]) -> None:
     right_gm, wrong_gm = (torch.fx.symbolic_trace(Affine(8, w).eval()) for w in (False, True))
-    script = reproduction(right_gm, wrong_gm, [InputSpec("tensor", (2, 8))], seed=3)
+    n = sympy.Symbol("n")
+    script = reproduction(right_gm, wrong_gm, [InputSpec("tensor", (n, 8))], seed=3, values={n: 2})
     exec(compile(script, "reproduction", "exec"), {"__name__": "reproduction"})
     assert "relative error 1.00e+00" in capsys.readouterr().out
 
