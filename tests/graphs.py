@@ -11,6 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -82,14 +83,27 @@ def name_of(node: fx.Node, gm: fx.GraphModule) -> str:
     return name.strip("_")
 
 
+_CONSTANTS: WeakKeyDictionary[fx.Graph, frozenset[fx.Node]] = WeakKeyDictionary()
+
+
+def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes that depend on parameters and buffers only; found in one pass, since networks are deeper than Python's stack."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        computed = node.op in ("call_function", "call_method") and bool(inputs) and all(i in found for i in inputs)
+        if node.op == "get_attr" or computed:
+            found.add(node)
+    return frozenset(found)
+
+
 def is_constant(node: Any) -> bool:
     """Whether a node's value depends on parameters and buffers only."""
     if not isinstance(node, fx.Node):
         return True
-    if node.op == "get_attr":
-        return True
-    inputs = node.all_input_nodes
-    return node.op in ("call_function", "call_method") and bool(inputs) and all(is_constant(i) for i in inputs)
+    if node.graph not in _CONSTANTS:
+        _CONSTANTS[node.graph] = _constants(node.graph)
+    return node in _CONSTANTS[node.graph]
 
 
 def is_tensor(node: fx.Node) -> bool:
