@@ -59,12 +59,10 @@ def to_table(report: Report, verbose: bool = False) -> str:
     parts = [_headline(report)]
     parts += [f"note: {note}" for note in report.capture.notes]
     parts.append(_section("rewrites", len(report.applied), _rewrites(report.applied, verbose)))
-    # Never grouped or wrapped: each is a rewrite that would have been wrong.
-    parts += [
-        f"rolled back: {r.where or r.name} ({' > '.join(r.laws)}): {r.verdict.get('reason') or 'not confirmed'}"
-        for r in report.rolled_back
-    ]
-    parts.append(_section("not rewritten", len(report.missed), _remarks(report.missed, verbose)))
+    parts += _rolled_back(report.rolled_back, verbose)
+    # Barriers are counted by reason below; one by one they only tell where.
+    missed = [r for r in report.missed if verbose or r.kind != "barrier"]
+    parts.append(_section("not rewritten", len(missed), _remarks(missed, verbose)))
     if report.barriers:
         parts.append(_barriers(report, verbose))
     parts += [f"advice: {r.where}: {r.reason}" if r.where else f"advice: {r.reason}" for r in report.advice]
@@ -118,11 +116,17 @@ def _costs(report: Report) -> str:
     rows.append(["predicted time", seconds(b.seconds), seconds(a.seconds), change(b.seconds, a.seconds)])
     m = report.measured
     if m:
-        spread = f" ({m['low']:.2f} to {m['high']:.2f})" if "low" in m and "high" in m else ""
-        rows.append(
-            ["measured time", seconds(m["before_s"]), seconds(m["after_s"]), f"{m['ratio']:.2f} times faster{spread}"]
-        )
+        rows.append(["measured time", seconds(m["before_s"]), seconds(m["after_s"]), _speed(m)])
     return tabulate(rows, headers=["", "before", "after", "change"], disable_numparse=True, colalign=_align(4))
+
+
+def _speed(m: Mapping[str, Any]) -> str:
+    """The measured ratio with its interval; no direction is claimed where the interval holds 1."""
+    if m["low"] > 1:
+        return f"{m['ratio']:.2f} times faster ({m['low']:.2f} to {m['high']:.2f})"
+    if m["high"] < 1:
+        return f"{1 / m['ratio']:.2f} times slower ({1 / m['high']:.2f} to {1 / m['low']:.2f})"
+    return f"no difference seen ({m['low']:.2f} to {m['high']:.2f} times faster)"
 
 
 def _align(columns: int) -> tuple[str, ...]:
@@ -182,6 +186,17 @@ def _remarks(remarks: Sequence[Remark], verbose: bool) -> str:
     return _grid(rows, headers, len(ordered) - len(rows))
 
 
+def _rolled_back(rewrites: Sequence[Rewrite], verbose: bool) -> list[str]:
+    """One paragraph each, never grouped: each is a rewrite that would have been wrong."""
+    lines = [
+        f"rolled back: {r.where or r.name} ({' > '.join(r.laws)}): {r.verdict.get('reason') or 'not confirmed'}"
+        for r in rewrites
+    ]
+    if verbose or len(lines) <= GROUPS:
+        return lines
+    return [*lines[:GROUPS], f"… and {len(lines) - GROUPS} more rolled back (--verbose shows every one)"]
+
+
 def _barriers(report: Report, verbose: bool) -> str:
     items = sorted(report.barriers.items(), key=lambda item: -item[1])
     shown = items if verbose else items[:GROUPS]
@@ -192,7 +207,7 @@ def _barriers(report: Report, verbose: bool) -> str:
 def _grid(rows: Sequence[Sequence[object]], headers: Sequence[str], hidden: int) -> str:
     if not rows:
         return ""
-    widths = [5, 36, 48, 22, 12, 24, 10] if len(headers) == 7 else [5, 10, 22, 70, 34, 40][: len(headers)]
+    widths = [5, 46, 46, 22, 12, 24, 10] if len(headers) == 7 else [5, 10, 22, 70, 46, 40][: len(headers)]
     text = tabulate(
         [[str(c) for c in row] for row in rows],
         headers=headers,
@@ -204,13 +219,15 @@ def _grid(rows: Sequence[Sequence[object]], headers: Sequence[str], hidden: int)
 
 
 def _digitless(text: str) -> str:
-    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", text)
+    return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "*", text)
 
 
 def _names(names: Sequence[str], shown: int = 2) -> str:
+    """Up to two names as they are; more as patterns: "features.denseblock*.denselayer*.conv*"."""
     distinct = list(dict.fromkeys(n for n in names if n))
-    more = f", … ({len(distinct)})" if len(distinct) > shown else ""
-    return ", ".join(distinct[:shown]) + more
+    if len(distinct) > shown:
+        distinct = list(dict.fromkeys(re.sub(r"\d+", "*", n) for n in distinct))
+    return ", ".join(distinct[:shown]) + (", …" if len(distinct) > shown else "")
 
 
 _STYLE = """

@@ -180,8 +180,9 @@ def test_what_cannot_be_exported_says_what_to_do() -> None:
 def test_transform_prints_a_table_and_exits_zero_when_verified(capsys: pytest.CaptureFixture[str]) -> None:
     assert fxconv("transform", *CNN) == OK
     out, err = capsys.readouterr()
-    for said in ("rewrites: ", "multiply-adds", "launches", "measured time", "verified", "proved"):
+    for said in ("rewrites: ", "multiply-adds", "launches", "measured time", "verified"):
         assert said in out, said
+    assert "proved" in out or "confirmed" in out
     assert "loading factories:small_cnn" in err and "timing" in err
 
 
