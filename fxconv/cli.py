@@ -142,6 +142,7 @@ def _transform(arguments: argparse.Namespace) -> int:
     source = _load(arguments.source, arguments)
     if arguments.out and source.args is None and not arguments.out.endswith(".json"):
         raise ArgsError(f"writing {arguments.out} needs example inputs: give --input, for instance --input 1x3x224x224")
+    log.info("transforming")
     result = fxconv.transform(source.model, source.args, source.kwargs or None, options=_options(arguments))
     report = dataclasses.replace(read(result), model=source.name)
     if not arguments.no_time and source.args is not None:
