@@ -7,6 +7,7 @@ The caller's model is never traced itself but a structural copy that shares its 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import time
 import warnings
@@ -60,6 +61,11 @@ class Captured:
     """For the report: what was assumed, what was tried and failed."""
     barriers: dict[str, str] = field(default_factory=dict)
     """Node name → why it must be treated as opaque."""
+    fixed_batch: bool = False
+    """The graph holds for the batch of the example only, although the model itself runs at others: capture in parts may
+    do better."""
+    checks: list[shapes.SizeCheck] = field(default_factory=list)
+    """Conditions on input sizes that ``rebuild`` makes the result check when it runs."""
 
 
 def capture(
@@ -119,6 +125,7 @@ def _with_args(
     order = {"export": export, "symbolic": symbolic}.get(mode, [*symbolic, *export] if hooked else [*export, *symbolic])
     failures: list[str] = []
     hopeless: set[str] = set()
+    fallback: Captured | None = None
     for kind, attempt in order:
         if kind in hopeless:
             continue
@@ -131,14 +138,77 @@ def _with_args(
             problem = _one_line(error)
             if isinstance(error, GuardOnDataDependentSymNode):  # control flow on values: other sizes will not help
                 hopeless.add(kind)
-        if problem is None:
-            captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
-            if hooked and captured.how == "export":
-                captured.notes.append(_traced_hooks(hooked))
-            return captured
-        failures.append(problem)
+        if problem is not None:
+            failures.append(problem)
+            continue
+        if hooked and captured.how == "export":
+            captured.notes.append(_traced_hooks(hooked))
+        if dynamic_shapes is None and _batch_is_fixed(captured.gm) and _runs_doubled(model, args, kwargs):
+            captured.fixed_batch = True
+            fallback = fallback or captured
+            continue
+        captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
+        _check_batch_of_one(model, captured)
+        return captured
+    if fallback is not None:
+        fallback.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
+        fallback.notes.append("the batch is fixed to that of the example, although the model runs at others")
+        return fallback
     reasons = "; ".join(dict.fromkeys(failures))
     raise CaptureError(f"{type(model).__name__} could not be captured whole ({reasons})")
+
+
+def _batch_is_fixed(gm: fx.GraphModule) -> bool:
+    """Whether no input has a dynamic dim 0, where some input has a dim 0."""
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
+    return bool(tensors) and not any(isinstance(t.shape[0], torch.SymInt) for t in tensors)
+
+
+def _runs_doubled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model runs on twice the batch."""
+    runner = structural_copy(model, own_buffers=True)
+
+    def twice(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 else leaf
+
+    try:
+        with torch.no_grad():
+            runner(*pytree.tree_map(twice, args), **pytree.tree_map(twice, kwargs))
+    except Exception:
+        return False
+    return True
+
+
+def _check_batch_of_one(model: nn.Module, captured: Captured) -> None:
+    """A graph captured at two or more is run once at 1: models may treat that size in another way (``if n == 1:``)."""
+    dynamic = [
+        (n.name, v.shape[0].node.expr)
+        for n in captured.gm.graph.nodes
+        if n.op == "placeholder" and isinstance(v := n.meta.get("val"), torch.Tensor) and v.dim() > 0
+        if isinstance(v.shape[0], torch.SymInt) and v.shape[0].node.expr.is_symbol
+    ]
+    leaves = [leaf for leaf in pytree.tree_leaves((captured.args, captured.kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not dynamic or not leaves or any(leaf.dim() == 0 or leaf.shape[0] < 2 for leaf in leaves):
+        return
+
+    def first(leaf: Any) -> Any:
+        return leaf[:1] if isinstance(leaf, torch.Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(first, (captured.args, captured.kwargs))
+    try:
+        expected = _expected(model, args, kwargs)
+    except ArgsError:
+        return
+    try:
+        problem = _difference(captured.gm, args, kwargs, expected)
+    except Exception as error:
+        problem = _one_line(error)
+    if problem is not None:
+        name, symbol = dynamic[0]
+        text = f"captured for a batch of 2 or more ({problem} at 1): transform again with a batch of 1"
+        captured.checks.append(shapes.SizeCheck(symbol >= 2, ((symbol, name, 0),), text))
+        captured.notes.append(f"the batch must be 2 or more: at 1 the model does something else ({problem})")
 
 
 _Attempt = tuple[str, Callable[[], Captured]]
@@ -196,6 +266,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pla
         lambda rewritten: finish(rewritten, name, frozen, layout, forward, checks),
         [n for n in (plan.note, *captured.notes) if n],
         captured.barriers,
+        checks=checks,
     )
 
 
@@ -205,7 +276,8 @@ def _static_by_choice(gm: fx.GraphModule, plan: _Plan, pinned: set[Any]) -> set[
     for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         value = node.meta.get("val")
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if not isinstance(size, torch.SymInt) and (plan.dynamic != "all" or (index, dim) in pinned or size == 1):
+            chosen = plan.dynamic != "all" or (index, dim) in pinned or dim == 0 or size == 1
+            if not isinstance(size, torch.SymInt) and chosen:
                 fixed.add((node.name, dim))
     return fixed
 
@@ -226,7 +298,8 @@ def _run_export(
     else:
         given = None if dynamic == "none" else dynamic
     budget = _Budget() if dynamic == "all" else contextlib.nullcontext()
-    with _quiet(), budget:
+    # A failed export prints the graph that it has so far to stderr.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()), budget:
         return torch.export.export(twin, args, kwargs or None, dynamic_shapes=given, strict=False)
 
 
@@ -406,7 +479,7 @@ def _symbolic(
         _keep_root_hooks(twin, result)
         return result
 
-    return Captured(gm, "module", "symbolic", args or (), kwargs, rebuild, notes, barriers)
+    return Captured(gm, "module", "symbolic", args or (), kwargs, rebuild, notes, barriers, checks=checks)
 
 
 def _switches(gm: fx.GraphModule, target: str) -> bool:
@@ -598,6 +671,7 @@ def _expected(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _difference(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any) -> str | None:
     """How the captured graph differs from the model on the caller's own inputs, or None."""
     runner = structural_copy(gm, own_buffers=True)
+    _keep_root_hooks(gm, runner)
     with torch.no_grad():
         actual = runner(*shapes.cloned(args), **shapes.cloned(kwargs))
     left, left_spec = pytree.tree_flatten(expected)

@@ -110,6 +110,7 @@ def mutated_argument(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
         mutates = (
             target in _OPERATORS
             or target is operator.setitem
+            or getattr(torch.Tensor, name, None) is target and name.endswith("_") and not name.endswith("__")
             or bool(node.kwargs.get("inplace", False))
             or (name.endswith("_") and not name.endswith("__") and hasattr(torch, name))
         )
@@ -197,6 +198,7 @@ def functionalise(gm: fx.GraphModule) -> dict[str, str]:
     remaining = [n for n in gm.graph.nodes if mutated_argument(n, gm) is not None]
     if remaining:
         storages = _Storages(gm)
+        _keep_alive(gm, remaining)
         for node in remaining:
             for member in storages.of(node):
                 reason = f"its storage is written in place by {node.name}"
@@ -207,6 +209,16 @@ def functionalise(gm: fx.GraphModule) -> dict[str, str]:
     gm.graph.lint()
     gm.recompile()
     return barriers
+
+
+def _keep_alive(gm: fx.GraphModule, writes: list[fx.Node]) -> None:
+    """``eliminate_dead_code`` knows that ATen writes are effects; make it know of methods and modules too."""
+    for node in writes:
+        if node.op == "call_method":
+            node.op, node.target = "call_function", getattr(torch.Tensor, str(node.target))
+            fx.node.has_side_effect(node.target)
+        elif node.op == "call_module":
+            attribute(gm, str(node.target))._is_impure = True
 
 
 def _functionalise_node(gm: fx.GraphModule, node: fx.Node, storages: _Storages) -> None:
@@ -262,6 +274,8 @@ def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:
         node.target = _OPERATORS[target]
     elif node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
+    elif target is operator.setitem:
+        return False
     else:
         name = target.__name__
         namespace = torch if hasattr(torch, name[:-1]) else torch.nn.functional

@@ -22,6 +22,11 @@ def _record(function: Any) -> Any:
     return method
 
 
+def _set_item(self: fx.Proxy, key: Any, value: Any) -> None:
+    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+_InplaceProxy.__setitem__ = _set_item  # type: ignore[attr-defined]
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
     setattr(_InplaceProxy, f"__{_name}__", _record(getattr(operator, _name)))
 
