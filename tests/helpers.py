@@ -313,7 +313,7 @@ def check(
       sizes, wherever the original itself accepts them;
     - multiply-adds: never above the original's (unless `more_macs`), at most `max_macs_ratio` of them;
     - `ops`: exact counts of kinds of nodes (see graphs.kinds; "conv+linear" is a sum); `at_most`: upper bounds; `max_launches`: on all;
-    - `before`: every node of the first kind comes before every one of the second;
+    - `before`: every node of the first kind ("conv|linear": either) comes before every one of the second;
     - `refused`: a pattern that some remark must match; `laws`: a pattern that the law of some applied rewrite must match.
 
     `options` are handed to `fxconv.transform`. `prepare=False` leaves the model as it is (dtype, mode).
@@ -348,10 +348,7 @@ def check(
     assert report.verified, f"not verified: {report}"
     outcome = Outcome(model, result, kinds(result), macs(model, args, kwargs), macs(result, args, kwargs), args)
     if before is not None:
-        first, then = before
-        sequence = order(result)
-        assert first in sequence and then in sequence[sequence.index(first) :], f"no {then} after {first}: {sequence}"
-        assert first not in sequence[sequence.index(then) :], f"a {first} after {then}: {sequence}"
+        _assert_order(result, *before)
     _assert_cost(outcome, max_macs_ratio, more_macs, ops or {}, at_most or {}, max_launches)
     if refused is not None:
         assert said(result, refused), f"no remark matches {refused!r}: {remarks(result)}"
@@ -392,6 +389,13 @@ def _assert_cost(
     if max_launches is not None:
         count = launches(out.result)
         assert count <= max_launches, f"{count} launches, wanted at most {max_launches}\n{_why(out, graph)}"
+
+
+def _assert_order(result: Any, first: str, then: str) -> None:
+    sequence = order(result)
+    early = [i for i, kind in enumerate(sequence) if kind in first.split("|")]
+    late = [i for i, kind in enumerate(sequence) if kind in then.split("|")]
+    assert early and late and early[-1] < late[0], f"wanted every {first} before every {then}, not {sequence}"
 
 
 def _why(out: Outcome, graph: Any) -> str:

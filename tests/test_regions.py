@@ -8,7 +8,7 @@ from helpers import Outcome, check, draw, n_params, randomise, said
 from torch import nn
 from zoo.moves import TABLES, normalised, relu_bn_pool_conv
 from zoo.regions import BRANCHES, CHAINS, DBB, Row, chain, only
-from zoo.spelling import bn, build, conv, conv_transpose
+from zoo.spelling import SYMBOLIC, bn, build, conv, conv_transpose
 
 ROWS = (*CHAINS, *BRANCHES, *(row for table in TABLES.values() for row in table))
 CASES = [
@@ -25,6 +25,31 @@ def transform_row(row: Row, spelling: str, capture: str) -> Outcome:
 
 @pytest.mark.parametrize(("row", "spelling", "capture"), CASES)
 def test_region(row: Row, spelling: str, capture: str) -> None:
+    transform_row(row, spelling, capture)
+
+
+IN_BOTH_DIALECTS = (
+    "collapsible_residual",
+    "conv_flatten_linear",
+    "linear_chain_tokens",
+    "mobileone",
+    "repmixer",
+    "mean_of_two_heads",
+    "lora",
+    "pointwise_avgpool",
+    "yolo_neck",
+    "shuffle_then_pointwise",
+    "conv_then_strided_slice",
+    "attention_logits",
+    "bn_flatten_linear",
+    "scalars_between_convs",
+)
+
+
+@pytest.mark.parametrize(("spelling", "capture"), SYMBOLIC)
+@pytest.mark.parametrize("name", IN_BOTH_DIALECTS)
+def test_region_in_a_symbolic_trace(name: str, spelling: str, capture: str) -> None:
+    (row,) = (row for row in ROWS if row.name == name)
     transform_row(row, spelling, capture)
 
 

@@ -14,16 +14,19 @@ from zoo.spelling import Program, bn, conv
 PARAMETER = nn.Parameter
 
 
+# Sizes are such that multiply-adds decide, not launches: at a few thousand of them one strided convolution would be quicker than
+# a pool and a pointwise convolution.
+
 # --- work moves to where it is cheap -------------------------------------------------------------------------------
 
 
 def pointwise_avgpool(rank: int = 2) -> Made:
-    layers = {"conv": conv(rank)(16, 24, 1)}
+    layers = {"conv": conv(rank)(64, 96, 1)}
     return layers, lambda s, x: s.avg_pool(s.conv(x), 2, rank)
 
 
 def upsample_pointwise(mode: str, align_corners: bool | None = None, rank: int = 2, factor: int = 2) -> Made:
-    layers = {"conv": conv(rank)(16, 24, 1)}
+    layers = {"conv": conv(rank)(64, 96, 1)}
     return layers, lambda s, x: s.conv(s.upsample(x, factor, mode, align_corners))
 
 
@@ -48,13 +51,13 @@ def segformer_head() -> Made:
 
 
 def yolo_neck() -> Made:
-    layers = {"conv": nn.Conv2d(48, 24, 1, bias=False), "norm": bn(24)}
+    layers = {"conv": nn.Conv2d(384, 128, 1, bias=False), "norm": bn(128)}
     return layers, lambda s, x, y: F.silu(s.norm(s.conv(s.cat([s.upsample(x, 2), y]))))
 
 
 def dpt_fusion() -> Made:
     """Depth-Anything's fusion: x + y, upsample with align_corners, 1x1."""
-    layers = {"out": nn.Conv2d(16, 12, 1)}
+    layers = {"out": nn.Conv2d(64, 48, 1)}
     return layers, lambda s, x, y: s.out(s.upsample(s.add(x, y), 2, "bilinear", True))
 
 
@@ -62,64 +65,64 @@ MOVES = (
     Row(
         "pointwise_avgpool",
         pointwise_avgpool,
-        ((2, 16, 10, 14),),
-        {"max_macs_ratio": 0.25, "before": ("avg_pool", "conv")},
+        ((2, 64, 28, 36),),
+        {"max_macs_ratio": 0.25, "before": ("avg_pool", "conv|linear")},
     ),
-    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1), ((2, 16, 14),), {"max_macs_ratio": 0.5}, ONCE),
-    Row("pointwise_avgpool_3d", lambda: pointwise_avgpool(3), ((2, 16, 4, 6, 8),), {"max_macs_ratio": 0.125}, ONCE),
+    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
+    Row("pointwise_avgpool_3d", lambda: pointwise_avgpool(3), ((2, 64, 6, 8, 10),), {"max_macs_ratio": 0.125}, ONCE),
     Row(
         "transition",  # DenseNet's
-        lambda: chain(norm=bn(16), act=nn.ReLU(), conv=nn.Conv2d(16, 8, 1, bias=False), pool=nn.AvgPool2d(2, 2)),
-        ((2, 16, 10, 14),),
-        {"max_macs_ratio": 0.25, "ops": {"batch_norm": 1}, "before": ("avg_pool", "conv")},
+        lambda: chain(norm=bn(64), act=nn.ReLU(), conv=nn.Conv2d(64, 32, 1, bias=False), pool=nn.AvgPool2d(2, 2)),
+        ((2, 64, 28, 36),),
+        {"max_macs_ratio": 0.25, "ops": {"batch_norm": 1}, "before": ("avg_pool", "conv|linear")},
         (("module", "export"), ("functional", "export"), ("module", "symbolic")),
     ),
     Row(
         "nearest_pointwise",
         lambda: upsample_pointwise("nearest"),
-        ((2, 16, 5, 7),),
-        {"max_macs_ratio": 0.25, "before": ("conv", "interpolate")},
+        ((2, 64, 14, 18),),
+        {"max_macs_ratio": 0.25, "before": ("conv|linear", "interpolate")},
     ),
     Row(
         "bilinear_pointwise",
         lambda: upsample_pointwise("bilinear"),
-        ((2, 16, 5, 7),),
-        {"max_macs_ratio": 0.25, "before": ("conv", "interpolate")},
+        ((2, 64, 14, 18),),
+        {"max_macs_ratio": 0.25, "before": ("conv|linear", "interpolate")},
     ),
     Row(
         "bilinear_aligned_pointwise",
         lambda: upsample_pointwise("bilinear", True),
-        ((2, 16, 5, 7),),
+        ((2, 64, 14, 18),),
         {"max_macs_ratio": 0.25},
         ONCE,
     ),
-    Row("bicubic_pointwise", lambda: upsample_pointwise("bicubic"), ((2, 16, 5, 7),), {"max_macs_ratio": 0.25}, ONCE),
+    Row("bicubic_pointwise", lambda: upsample_pointwise("bicubic"), ((2, 64, 14, 18),), {"max_macs_ratio": 0.25}, ONCE),
     Row(
         "nearest3_pointwise",
         lambda: upsample_pointwise("nearest", factor=3),
-        ((2, 16, 5, 7),),
+        ((2, 64, 14, 18),),
         {"max_macs_ratio": 0.12},
         ONCE,
     ),
     Row(
         "linear_pointwise_1d",
         lambda: upsample_pointwise("linear", rank=1),
-        ((2, 16, 7),),
+        ((2, 64, 256),),
         {"max_macs_ratio": 0.5},
         ONCE,
     ),
     Row(
         "trilinear_pointwise_3d",
         lambda: upsample_pointwise("trilinear", rank=3),
-        ((2, 16, 3, 4, 5),),
+        ((2, 64, 3, 4, 5),),
         {"max_macs_ratio": 0.125},
         ONCE,
     ),
     Row(
         "dpt_fusion",
         dpt_fusion,
-        ((2, 16, 5, 7), (2, 16, 5, 7)),
-        {"max_macs_ratio": 0.25, "before": ("conv", "interpolate")},
+        ((2, 64, 14, 18), (2, 64, 14, 18)),
+        {"max_macs_ratio": 0.25, "before": ("conv|linear", "interpolate")},
         ALL,
     ),
     # 2,539,520 + 256*64*1,280 -> 2,539,520 per image: 0.108
@@ -134,15 +137,15 @@ MOVES = (
         },
         (("module", "export"), ("functional", "export"), ("aten", "export"), ("module", "symbolic")),
     ),
-    # 48*24*240 -> 32*24*60 + 16*24*240: 0.5
+    # 384*128*480 -> 256*128*120 + 128*128*480: 0.5
     Row(
         "yolo_neck",
         yolo_neck,
-        ((2, 32, 6, 10), (2, 16, 12, 20)),
+        ((2, 256, 10, 12), (2, 128, 20, 24)),
         {"max_macs_ratio": 0.5, "ops": {"conv": 2, "batch_norm": 0, "cat": 0, "interpolate": 1, "add": 1, "mul": 0}},
     ),
     # 4 * 9 -> 16 per input position; the 1d and 3d shares are 2/3 and 8/27
-    Row("nearest_conv", nearest_conv, ((2, 8, 6, 9),), {"max_macs_ratio": 0.45, **only(conv_transpose=1)}),
+    Row("nearest_conv", nearest_conv, ((2, 8, 16, 19),), {"max_macs_ratio": 0.45, **only(conv_transpose=1)}),
     Row(
         "nearest_conv_no_bias_grouped",
         lambda: nearest_conv(2, False, 4),

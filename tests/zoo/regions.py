@@ -257,7 +257,7 @@ CHAINS = (
     Row(
         "patch_embedding_3d",
         lambda: patch_embedding(3),
-        ((2, 3, 4, 8, 12),),
+        ((2, 3, 8, 8, 12),),
         {"max_macs_ratio": 0.67, "ops": {"conv+linear": 1}},
         ONCE,
     ),
