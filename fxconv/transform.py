@@ -116,7 +116,14 @@ def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tupl
         args = (args,)
     started = time.perf_counter()
     captured = capture(model, args, kwargs, dynamic_shapes=options.dynamic_shapes, mode=options.capture)
-    took = time.perf_counter() - started
+    return run_captured(model, captured, options, time.perf_counter() - started)
+
+
+def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0) -> tuple[Any, Report]:
+    """Transform a graph that has been captured, by `capture` or by a pipeline (``took`` seconds).
+
+    ``model`` is what the result is compared with, called on the captured inputs.
+    """
     outcome = rewrite(captured, options)
     outcome.timings["capture"] = took
     result_gm = outcome.emitted.gm
@@ -179,6 +186,9 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
     roots: list[Value] = []
     for node in gm.graph.nodes:
         if node in lifter.lifted.ops or _asks_shape(node):
+            continue
+        if lifter.lifted.barriers.get(node) == "" and all(u in lifter.lifted.ops for u in node.users):
+            # split, chunk: their parts are lifted from what they read.
             continue
         for operand in node.all_input_nodes:
             ref = lifter.lifted.refs.get(operand)
