@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Union
 
+from fxconv.axes import Size
 from fxconv.expr import Map, Value, View
 
 
@@ -29,13 +30,26 @@ class Context:
     Attributes:
         uses: how many users a value has at present.
         users: the values that read a value at present.
+        count: the number of elements of a tensor of given sizes, dynamic ones taken at the example's values.
     """
 
     uses: Callable[[Value], int]
     users: Callable[[Value], list[Value]]
+    count: Callable[[tuple[Size, ...]], float]
 
 
-Outcome = Union[Value, Refusal]
+@dataclass(frozen=True)
+class Joint:
+    """Several values redefined in one step: siblings that become rows of one map pay together, none of them alone.
+
+    Attributes:
+        pairs: per value, what it is redefined as.
+    """
+
+    pairs: tuple[tuple[Value, Value], ...]
+
+
+Outcome = Union[Value, Joint, Refusal]
 
 
 @dataclass(frozen=True)
@@ -47,10 +61,13 @@ class Law:
         apply: given a value and its surroundings, the equal values that the law proposes instead, and its refusals.
             It must be pure, and exact over the reals: a proposal that is not equal is found by the verifier and
             taken back.
+        late: whether the law is only tried where the others have nothing left to do: its result hides structure that
+            they could use.
     """
 
     name: str
     apply: Callable[[Value, Context], Iterable[Outcome]]
+    late: bool = False
 
     def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:
         yield from self.apply(v, context)
@@ -71,4 +88,4 @@ def mapped_operand(v: Value) -> tuple[Map, View | None, Value] | None:
     return v.node, view, x
 
 
-__all__ = ["Context", "Law", "Outcome", "Refusal", "mapped_operand", "through_view"]
+__all__ = ["Context", "Joint", "Law", "Outcome", "Refusal", "mapped_operand", "through_view"]

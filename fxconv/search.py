@@ -12,9 +12,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fxconv.algebra import as_value, normal
 from fxconv.cost import smallest_gain
-from fxconv.expr import Const, Leaf, Value, operands
-from fxconv.law import Context, Law, Refusal
+from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, view
+from fxconv.law import Context, Joint, Law, Refusal
+from fxconv.refs import make_sum
 from fxconv.state import State
 
 logger = logging.getLogger("fxconv")
@@ -45,6 +47,22 @@ class Missed:
     would_fire_if: str = ""
 
 
+Step = tuple[Value, Value, str]
+"""A value, what it is redefined as, and the law that says so."""
+
+
+def _substituted(v: Value, old: Value, new: Value) -> Value:
+    """The value with one operand replaced; a sum takes up the terms of a sum."""
+    node = v.node
+    if isinstance(node, Sum):
+        added = new.node.terms if isinstance(new.node, Sum) else (new,)
+        return make_sum([*added, *(t for t in node.terms if t is not old)])
+    if isinstance(node, Map):
+        return normal(new, node.roles, node.kernel)
+    assert isinstance(node, View)
+    return as_value(view(new, node.splits, node.groups))
+
+
 @dataclass
 class Search:
     """One search over a state."""
@@ -58,11 +76,18 @@ class Search:
     _most_macs: float = 0.0
 
     def __post_init__(self) -> None:
-        self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of)
+        self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of, self.state.model.count)
 
     def run(self) -> None:
         """Rewrite until no value has a step that pays."""
-        queue = [v for v in self._order() if not isinstance(v.node, (Leaf, Const))]
+        laws = self.laws
+        self.laws = [law for law in laws if not law.late]
+        self._run([v for v in self._order() if not isinstance(v.node, (Leaf, Const))])
+        late, self.laws = [law for law in laws if law.late], laws
+        if late:
+            self._run([v for v in self._order() if any(not isinstance(o, Refusal) for w in late for o in w(v, self.context))])
+
+    def _run(self, queue: list[Value]) -> None:
         queued = set(queue)
         while queue:
             v = queue.pop(0)
@@ -135,55 +160,89 @@ class Search:
                 out[y] = None
         return list(out)
 
-    def _proposals(self, v: Value) -> list[tuple[Value, str]]:
-        found: list[tuple[Value, str]] = []
+    def _proposals(self, v: Value) -> list[list[Step]]:
+        """The steps that the laws propose at v; those of a list are taken together."""
+        found: list[list[Step]] = []
         for law in self.laws:
             for outcome in law(v, self.context):
                 if isinstance(outcome, Refusal):
                     key = (v.id, law.name, outcome.reason)
                     if key not in self.refusals:
                         self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
+                elif isinstance(outcome, Joint):
+                    found.append([(x, new, law.name) for x, new in outcome.pairs])
                 else:
-                    found.append((outcome, law.name))
+                    found.append([(v, outcome, law.name)])
+        return [*found, *self._inner_proposals(v)]
+
+    def _inner_proposals(self, v: Value) -> list[list[Step]]:
+        """Steps inside a value that an original node computes as a whole: a convolution's map, without its bias.
+
+        Its inner values are not alive, so rewriting them is rewriting v; restating v first would cost a level of depth.
+        """
+        state = self.state
+        if not state.unchanged(v) or isinstance(v.node, Apply):
+            return []
+        found: list[list[Step]] = []
+        for t in operands(v.node):
+            if t in state.uses or t in state.originals or not isinstance(t.node, (Map, Sum)):
+                continue
+            for law in self.laws:
+                if law.name == "restate":
+                    continue
+                for outcome in law(t, self.context):
+                    if isinstance(outcome, Refusal):
+                        key = (v.id, law.name, outcome.reason)
+                        if key not in self.refusals:
+                            self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
+                    elif isinstance(outcome, Value):
+                        found.append([(v, _substituted(v, t, outcome), law.name)])
         return found
 
-    def _explore(
-        self, focus: Sequence[Value], depth: int, start: float
-    ) -> tuple[float, list[tuple[Value, Value, str]]] | None:
-        """The best outcome of up to ``depth`` steps on the values in focus: (score, steps); the state is left as found."""
+    def _redefine(self, steps: Sequence[Step]) -> bool:
+        changed = False
+        for x, new, _ in steps:
+            changed |= self.state.redefine(x, new)
+        return changed
+
+    def _explore(self, focus: Sequence[Value], depth: int, start: float) -> tuple[float, list[Step]] | None:
+        """The best outcome of up to ``depth`` moves on the values in focus: (score, steps); the state is left as found."""
         state = self.state
-        tried: list[tuple[float, float, Value, Value, str]] = []
+        tried: list[tuple[float, float, list[Step]]] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
             if x not in state.uses or x in state.frozen:
                 continue
-            for new, law in self._proposals(x):
+            for steps in self._proposals(x):
                 if self._trials >= self.budget.trials:
                     break
+                if any(y in state.frozen for y, _, _ in steps):
+                    continue
                 self._trials += 1
                 mark = state.mark()
-                if not state.redefine(x, new):
-                    continue
-                key = (x.id, x.node if law != "restate" else "restate")
-                if key not in seen:
-                    seen.add(key)
-                    tried.append((state.score(), state.total.macs, x, new, law))
+                if self._redefine(steps):
+                    first, _, law = steps[0]
+                    key = (first.id, first.node if law != "restate" else "restate")
+                    if key not in seen:
+                        seen.add(key)
+                        tried.append((state.score(), state.total.macs, steps))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
-        best: tuple[float, list[tuple[Value, Value, str]]] | None = None
-        for s, macs, x, new, law in tried[: self.budget.beam]:
+        best: tuple[float, list[Step]] | None = None
+        for s, macs, steps in tried[: self.budget.beam]:
             if macs <= self._most_macs and (best is None or s < best[0]):
-                best = (s, [(x, new, law)])
+                best = (s, list(steps))
         if depth > 1:
-            for _, _, x, new, law in tried[: self.budget.beam]:
+            for _, _, steps in tried[: self.budget.beam]:
                 if self._trials >= self.budget.trials:
                     break
                 mark = state.mark()
-                state.redefine(x, new)
-                nearby = [x, *self._made(x)]
-                nearby += [u for u in state.users.get(x, ()) if u not in nearby]
+                self._redefine(steps)
+                nearby = [x for x, _, _ in steps]
+                nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
+                nearby += [u for x, _, _ in steps for u in state.users.get(x, ()) if u not in nearby]
                 deeper = self._explore(nearby, depth - 1, start)
                 state.undo(mark)
                 if deeper is not None and (best is None or deeper[0] < best[0] - 1e-9 * abs(best[0])):
-                    best = (deeper[0], [(x, new, law), *deeper[1]])
+                    best = (deeper[0], [*steps, *deeper[1]])
         return best
