@@ -1,8 +1,8 @@
 """Constant subgraphs: what depends on parameters, buffers and python numbers only, evaluated in float64.
 
-Weights are upcast *before* the operations run: forming ``1 / 3`` or ``1 / sigma`` in float32 would cost 1e-8 of what the
-rewritten model should have. Discrete outcomes (comparisons, ``floor``, casts to integers, ``argmax``) are taken from a run
-in the model's own dtype instead, because there the rounded value is what decides in the original.
+Weights are upcast *before* the operations run: forming ``1 / 3`` or ``1 / sigma`` in float32 would cost 1e-8 of what
+the rewritten model should have. Discrete outcomes (comparisons, ``floor``, casts to integers, ``argmax``) are taken
+from a run in the model's own dtype instead, because there the rounded value is what decides in the original.
 """
 
 from __future__ import annotations
@@ -273,9 +273,8 @@ def _nodes_in(argument: Any) -> list[fx.Node]:
 
 
 def _static(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and all(
-        not isinstance(s, torch.SymInt) or s.node.expr.is_number for s in value.shape
-    )
+    sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else (None,)
+    return all(isinstance(s, int) or (isinstance(s, torch.SymInt) and s.node.expr.is_number) for s in sizes)
 
 
 def _is_float(value: Any) -> bool:

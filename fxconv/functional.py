@@ -1,9 +1,9 @@
 """In-place operators out of a graph, and back in.
 
-``relu_``, ``add_`` and slice assignments appear in exported graphs and mean mutation: a reader before and a reader after
-see different values of one node. The rewriting works on values, so each in-place node becomes its out-of-place form and
-every later reader of the mutated value reads that instead, where this is provably the same. What cannot be shown to be the
-same stays in place, and everything that shares its storage becomes a barrier.
+``relu_``, ``add_`` and slice assignments appear in exported graphs and mean mutation: a reader before and a reader
+after see different values of one node. The rewriting works on values, so each in-place node becomes its out-of-place
+form and every later reader of the mutated value reads that instead, where this is provably the same. What cannot be
+shown to be the same stays in place, and everything that shares its storage becomes a barrier.
 """
 
 from __future__ import annotations
@@ -30,16 +30,11 @@ _VIEWS = {
     "feature_dropout", "feature_alpha_dropout", "einsum", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d", "unfold", "as_strided", "diagonal",
     "view_as", "reshape_as", "ravel", "real", "imag", "view_as_real", "view_as_complex", "resolve_conj", "resolve_neg",
-    "hsplit", "vsplit", "dsplit", "index", "data", "requires_grad", "swap_dims", "unsafe_chunk", "unsafe_split",
-    "_reshape_alias", "iter", "next", "stochastic_depth", "identity", "pin_memory", "clone_if_needed", "tuple", "list",
-    "repeat", "tile", "roll", "mean", "sum", "pad", "interpolate", "adaptive_avg_pool2d", "adaptive_avg_pool1d",
-    "max_pool2d", "avg_pool2d",
+    "hsplit", "vsplit", "dsplit", "data", "requires_grad", "swap_dims", "unsafe_chunk", "unsafe_split",
+    "_reshape_alias", "iter", "next", "stochastic_depth", "pin_memory", "tuple", "list",
 }  # fmt: skip
-"""Names whose result may share storage with an argument. Erring on the side of sharing only costs a barrier; the last two
-lines never do, but a kernel may return its argument where nothing is to be done."""
+"""Names whose result may share storage with an argument. Erring on the side of sharing only costs a barrier."""
 
-_NEVER_ALIAS = {"repeat", "tile", "roll", "mean", "sum", "pad", "interpolate", "adaptive_avg_pool2d",
-                "adaptive_avg_pool1d", "max_pool2d", "avg_pool2d", "index"}  # fmt: skip
 _VIEW_MODULES = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.PixelShuffle, nn.PixelUnshuffle,
     nn.ChannelShuffle,
@@ -74,7 +69,7 @@ def _may_alias(node: fx.Node, gm: fx.GraphModule) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         if any(r.alias_info is not None for r in target._schema.returns):
             return True
-        return base_name(node, gm) in _VIEWS - _NEVER_ALIAS
+        return base_name(node, gm) in _VIEWS
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True
     name = base_name(node, gm)
@@ -82,7 +77,7 @@ def _may_alias(node: fx.Node, gm: fx.GraphModule) -> bool:
         module_name = getattr(target, "__module__", None) or "torch"
         if module_name.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
             return True  # an unknown Python function
-    return name in _VIEWS - _NEVER_ALIAS or mutated_argument(node, gm) is not None
+    return name in _VIEWS or mutated_argument(node, gm) is not None
 
 
 def mutated_argument(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
@@ -215,8 +210,9 @@ def _keep_alive(gm: fx.GraphModule, writes: list[fx.Node]) -> None:
     """``eliminate_dead_code`` knows that ATen writes are effects; make it know of methods and modules too."""
     for node in writes:
         if node.op == "call_method":
-            node.op, node.target = "call_function", getattr(torch.Tensor, str(node.target))
-            fx.node.has_side_effect(node.target)
+            method: Any = getattr(torch.Tensor, str(node.target))
+            node.op, node.target = "call_function", method
+            fx.node.has_side_effect(method)
         elif node.op == "call_module":
             attribute(gm, str(node.target))._is_impure = True
 
@@ -369,7 +365,8 @@ def _scatter_back(gm: fx.GraphModule, node: fx.Node, value: fx.Node, base: fx.No
             continue
         source: Any = view.args[0]
         with gm.graph.inserting_after(part):
-            scattered = gm.graph.call_function(_SCATTERS[view.target], (source, part, *view.args[1:]), dict(view.kwargs))
+            scatter = _SCATTERS[view.target]
+            scattered = gm.graph.call_function(scatter, (source, part, *view.args[1:]), dict(view.kwargs))
         scattered.meta = {k: v for k, v in node.meta.items() if k != INPLACE}
         scattered.meta["val"] = source.meta["val"]
         storages.add(scattered, like=base, at=node)
@@ -386,7 +383,8 @@ def restore_inplace(gm: fx.GraphModule) -> None:
     Fresh: computed by this graph, no view, shares no storage with anything read later, not a parameter. To be called
     after emission, when the graph has its final form.
     """
-    marked = [n for n in gm.graph.nodes if INPLACE in n.meta and n.op in ("call_function", "call_method", "call_module")]
+    calls = ("call_function", "call_method", "call_module")
+    marked = [n for n in gm.graph.nodes if INPLACE in n.meta and n.op in calls]
     if not marked:
         return
     storages = _Storages(gm)
@@ -410,7 +408,9 @@ def restore_inplace(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-_NOT_RESTORED = {aten.clone.default, aten.expand_copy.default, aten.fill.Scalar, aten.fill.Tensor, aten.zeros_like.default}
+_NOT_RESTORED = {
+    aten.clone.default, aten.expand_copy.default, aten.fill.Scalar, aten.fill.Tensor, aten.zeros_like.default,
+}  # fmt: skip
 
 
 def _may_write(node: fx.Node, storages: _Storages) -> bool:
@@ -424,7 +424,9 @@ def _may_write(node: fx.Node, storages: _Storages) -> bool:
         if member.op in ("placeholder", "get_attr"):
             return False
         # Nothing that shares the storage may be read after this node, except through the node's own result.
-        if not storages.after(member, node) and any(storages.after(u, node) for u in member.users if member is not node):
+        if member is node or storages.after(member, node):
+            continue
+        if any(storages.after(user, node) for user in member.users):
             return False
     before, after = value.meta.get("val"), node.meta.get("val")
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):

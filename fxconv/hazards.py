@@ -55,7 +55,7 @@ def check_model(model: Any) -> None:
                 "integer arithmetic rounds in between, so nothing is affine; transform the float model, then quantise"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, torch.nn.parameter.UninitializedParameter):
             raise CaptureError(f"{name} is not initialised: run the model once before transforming it")
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device and has no values: load the weights first")
@@ -116,7 +116,8 @@ def module_hazard(module: nn.Module) -> str | None:
     """
     names = [getattr(hook, "__name__", type(hook).__name__) for hook in module._forward_hooks.values()]
     names_pre = [getattr(hook, "__name__", type(hook).__name__) for hook in module._forward_pre_hooks.values()]
-    computed = [type(h).__name__ for h in module._forward_pre_hooks.values() if hasattr(h, "name") and hasattr(h, "dim")]
+    pre_hooks = module._forward_pre_hooks.values()
+    computed = [type(h).__name__ for h in pre_hooks if hasattr(h, "name") and hasattr(h, "dim")]
     if computed:
         return f"its weight is computed by {computed[0]} at each call"
     if names or names_pre:

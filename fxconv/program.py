@@ -36,7 +36,7 @@ class Layout:
     constants: dict[int, Any]
     """Placeholder index → the Python value (int, bool, str, None) that was captured for it."""
     state: dict[str, str]
-    """Attribute name in the graph module → qualified name in the program (they differ only where a name is reserved)."""
+    """Attribute name in the graph module → qualified name in the program (they differ where a name is reserved)."""
     tensors: set[str] = field(default_factory=set)
     """Attribute names that are lifted constants: no part of any state_dict."""
     non_persistent: set[str] = field(default_factory=set)
@@ -174,7 +174,7 @@ def _finish_outputs(program: ExportedProgram, graph: fx.Graph, env: dict[fx.Node
     results: list[Any] = []
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     specs = {spec.target: spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
-    for value, spec in zip(output.args[0], program.graph_signature.output_specs, strict=True):  # type: ignore[arg-type]
+    for value, spec in zip(output.args[0], program.graph_signature.output_specs, strict=True):
         result = env[value] if isinstance(value, fx.Node) else value
         if spec.kind == OutputKind.USER_OUTPUT:
             results.append(result)
@@ -205,7 +205,7 @@ def _inline_no_grad(gm: fx.GraphModule) -> None:
                 if source.op == "placeholder":
                     env[source] = next(operands)
                 elif source.op != "output":
-                    env[source] = gm.graph.node_copy(source, lambda n: env[n])
+                    env[source] = gm.graph.node_copy(source, env.__getitem__)
             (result,) = [n for n in inner.graph.nodes if n.op == "output"]
             outputs = []
             for value in result.args[0]:
@@ -270,11 +270,12 @@ def relift(gm: fx.GraphModule, program: ExportedProgram, layout: Layout) -> Expo
             if "val" not in node.meta:
                 node.meta["val"] = _fake_like(gm, value)
             persistent = name not in layout.non_persistent if kind == InputKind.BUFFER else None
-            argument = type(spec.arg)(**{**vars(spec.arg), "name": node.name}) if spec is not None else TensorArgument(node.name)
+            argument = _renamed(spec.arg, node.name) if spec is not None else TensorArgument(node.name)
             inputs.append(InputSpec(kind, argument, target, persistent))
             for read in reads.get(name, ()):
                 env[read] = node
-            (state if kind == InputKind.PARAMETER or (kind == InputKind.BUFFER and persistent) else constants)[target] = value
+            in_state = kind == InputKind.PARAMETER or (kind == InputKind.BUFFER and persistent)
+            (state if in_state else constants)[target] = value
     user_specs = [spec for spec in old.input_specs if spec.kind == InputKind.USER_INPUT]
     new_names: dict[str, str] = {}
     for node, spec in zip([n for n in gm.graph.nodes if n.op == "placeholder"], user_specs, strict=True):
@@ -360,7 +361,7 @@ def _output_specs(
         written = spec.arg.name if kind == OutputKind.USER_INPUT_MUTATION else spec.target
         specs.append(OutputSpec(kind, TensorArgument(value.name), written))
     user = [spec for spec in old.output_specs if spec.kind == OutputKind.USER_OUTPUT]
-    for spec, value in zip(user, outputs, strict=True):
-        argument = _renamed(spec.arg, value.name) if isinstance(value, fx.Node) else spec.arg
-        specs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, spec.target))
+    for wanted, value in zip(user, outputs, strict=True):
+        argument = _renamed(wanted.arg, value.name) if isinstance(value, fx.Node) else wanted.arg
+        specs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, wanted.target))
     return specs

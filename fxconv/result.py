@@ -36,13 +36,13 @@ class Converted(fx.GraphModule):
                 f"this {type(self).__name__} was rewritten for inference ({state['frozen']}): "
                 "train the original module and transform it again"
             )
-        return super().train(mode)  # type: ignore[return-value]
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Converted:
-        """``.to()``, ``.half()``, ``.cuda()`` … also rewrite the dtypes and devices that tracing baked into the graph."""
+        """``.to()``, ``.half()``, ``.cuda()`` … also rewrite the dtypes and devices that tracing put into the graph."""
         result = super()._apply(fn, recurse)
         _rewrite_baked(self, fn)
-        return result  # type: ignore[return-value]
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         body = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_lineno_map", "_prologue_start")}
@@ -80,7 +80,7 @@ def set_convention(gm: fx.GraphModule, layout: Layout, flat: bool = False) -> No
     if not flat and is_plain_call(layout.in_spec) and plain_out:
         for node, key in zip(placeholders[len(_children(args)) :], keys, strict=True):
             node.target = key
-        output.args = (pytree.tree_unflatten(list(output.args[0]), layout.out_spec),)  # type: ignore[arg-type]
+        output.args = (pytree.tree_unflatten(list(output.args[0]), layout.out_spec),)
     else:
         names = _argument_names(layout, args, keys)
         gm.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, layout.in_spec, layout.out_spec))
@@ -170,8 +170,8 @@ def finish(
 ) -> Converted:
     """A :class:`Converted` over the graph and tensors of ``gm``.
 
-    ``frozen`` says why it cannot be trained ("" where it can); ``checks`` are made at each run. Parameters that the captured graph read and that are no
-    longer read are dropped; all others keep their names.
+    ``frozen`` says why it cannot be trained ("" where it can); ``checks`` are made at each run. Parameters that the
+    captured graph read and that are no longer read are dropped; all others keep their names.
     """
     reads = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}

@@ -94,6 +94,11 @@ def distinct(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return new_args, new_kwargs
 
 
+def sizes(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The shape of a (fake) tensor: ints and SymInts."""
+    return tuple(tensor.shape)
+
+
 def cloned(value: Any) -> Any:
     """A deep copy of the tensors in ``value``, so that a run cannot change the caller's inputs."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
@@ -120,8 +125,8 @@ def propagate(
 ) -> FakeTensorMode:
     """Fill ``meta["val"]`` of every node, with SymInts for dynamic dims.
 
-    ``dynamic`` is "all", "batch", "none", or a ``dynamic_shapes`` structure as for ``torch.export``. Raises whatever the
-    graph raises on these inputs.
+    ``dynamic`` is "all", "batch", "none", or a ``dynamic_shapes`` structure as for ``torch.export``. Raises whatever
+    the graph raises on these inputs.
     """
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
@@ -159,7 +164,7 @@ def _specs(gm: fx.GraphModule, flat: list[Any], dynamic: Any) -> list[Any]:
 def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return pytree.tree_map(lambda v: _fake(mode, v, spec) if isinstance(v, torch.Tensor) else v, value)
-    dims = []
+    dims: list[DimDynamic] = []
     for i, size in enumerate(value.shape):
         if spec == "all":
             dynamic = size > 1
@@ -169,7 +174,7 @@ def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
             chosen = spec.get(i) if isinstance(spec, dict) else spec[i] if isinstance(spec, (list, tuple)) else None
             dynamic = chosen is not None and not isinstance(chosen, int) and chosen is not Dim.STATIC
         dims.append(DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC)
-    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
     return mode.from_tensor(value.detach(), symbolic_context=context)
 
 
@@ -213,7 +218,7 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
         if node.op != "placeholder" or not isinstance(value, torch.Tensor):
             continue
         environment = getattr(getattr(value, "fake_mode", None), "shape_env", None) or environment
-        for dim, size in enumerate(value.shape):
+        for dim, size in enumerate(sizes(value)):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 places.setdefault(size.node.expr, (node.name, dim))
             elif (node.name, dim) in static:
@@ -247,17 +252,17 @@ def insert_checks(gm: fx.GraphModule, checks: list[SizeCheck]) -> None:
     placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
     if not checks or not placeholders:
         return
-    sizes: dict[tuple[str, int], fx.Proxy] = {}
+    read: dict[tuple[str, int], fx.Proxy] = {}
     first = next(n for n in gm.graph.nodes if n.op != "placeholder")
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
     with gm.graph.inserting_before(first):
         for check in checks:
             values: dict[Any, Any] = {}
             for symbol, name, dim in check.symbols:
-                if (name, dim) not in sizes:
+                if (name, dim) not in read:
                     node = gm.graph.call_function(torch.ops.aten.sym_size.int, (placeholders[name], dim))
-                    sizes[name, dim] = fx.Proxy(node, tracer)
-                values[symbol] = sizes[name, dim]
+                    read[name, dim] = fx.Proxy(node, tracer)
+                values[symbol] = read[name, dim]
             try:
                 condition = sympy_interp(PythonReferenceAnalysis, values, check.expr)
             except Exception:  # a function of sizes that has no Python form: nothing to check it with

@@ -192,6 +192,8 @@ def _not_lifted(node: fx.Node, gm: fx.GraphModule) -> Barrier:
     name = base_name(node, gm)
     if name in _LINEAR_NOT_LIFTED:
         return Barrier(f"{user_name(node, gm)} is not lifted")
+    if name.startswith(("_assert", "sym_constrain")):
+        return SILENT
     if name in ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "dim", "numel"):
         return SILENT
     return Barrier(f"{user_name(node, gm)} is not affine")
@@ -228,5 +230,6 @@ def _mixed_dtypes(node: fx.Node, gm: fx.GraphModule, op: Op) -> str | None:
             if tensor.dtype.is_complex or tensor.is_quantized:
                 return f"an operand of dtype {str(tensor.dtype).removeprefix('torch.')}"
             if tensor.dtype.is_floating_point and tensor.dtype != dtype and tensor.dim() > 0:
-                return f"mixed dtypes: {str(tensor.dtype).removeprefix('torch.')} and {str(dtype).removeprefix('torch.')}"
+                kinds = [str(d).removeprefix("torch.") for d in (tensor.dtype, dtype)]
+                return f"mixed dtypes: {kinds[0]} and {kinds[1]}"
     return None

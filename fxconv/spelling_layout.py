@@ -235,7 +235,9 @@ def tensor_getitem(c: Context, x: Any, key: Any) -> Op | Barrier:
 def getitem(c: Context, input: Any, key: Any) -> Op | Barrier:
     if isinstance(input, fx.Node) and isinstance(input.meta.get("val"), torch.Tensor):
         return tensor_getitem(c, input, key)
-    if not isinstance(input, fx.Node) or not isinstance(key, int) or not isinstance(c.node.meta.get("val"), torch.Tensor):
+    if not isinstance(input, fx.Node) or not isinstance(key, int):
+        return SILENT
+    if not isinstance(c.node.meta.get("val"), torch.Tensor):
         return SILENT
     from fxconv.spelling import base_name
 
@@ -256,7 +258,7 @@ def _arguments(node: fx.Node, *names: str) -> list[Any]:
 
 def _split_part(c: Context, source: fx.Node, key: int) -> Op:
     """Part ``key`` of split, chunk or tensor_split: where it starts follows from the sizes of the parts before it."""
-    x, _, dim = _arguments(source, "input|self|tensor", "split_size|split_size_or_sections|chunks|sections|indices|indices_or_sections|split_sizes", "dim")
+    x, _, dim = _arguments(source, "input|self|tensor", "split_size|chunks|sections|indices", "dim")
     dim = c.dim(x, 0 if dim is None else dim)
     parts = source.meta["val"]
     index = key % len(parts)
@@ -302,7 +304,8 @@ def _native(c: Context, name: str, a: list[Any]) -> Op | Barrier:
 _POOL = ("self|input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
 _BN = ("input", "weight", "bias", "running_mean", "running_var")
 _PARTS: dict[str, Any] = {
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split_part),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split_part),
+    **dict.fromkeys(("unsafe_split", "unsafe_chunk"), _split_part),
     "unsafe_split_with_sizes": _split_part,
     "unbind": _unbind_part,
     "native_batch_norm": _first_of("batch_norm", *_BN, "training", "momentum", "eps"),

@@ -180,7 +180,7 @@ def group_norm(
 def f_instance_norm(
     c: Context, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     use_input_stats: Any = True, momentum: Any = 0.1, eps: float = 1e-5,
-) -> Op:  # fmt: skip
+) -> Op | Barrier:  # fmt: skip
     return instance_norm(c, input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps)
 
 
@@ -188,9 +188,9 @@ def f_instance_norm(
 def instance_norm(
     c: Context, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: Any,
     momentum: Any, eps: float, cudnn_enabled: Any = True,
-) -> Op:  # fmt: skip
+) -> Op | Barrier:  # fmt: skip
     if not c.boolean(use_input_stats):  # with running statistics it is a per-channel affine, the same as BatchNorm
-        return c.make("batch_norm", (input, weight, bias, running_mean, running_var), eps=float(eps))
+        return make_batch_norm(c, input, weight, bias, running_mean, running_var, False, eps)
     return make_norm(c, "instance_norm", input, weight, bias, eps)
 
 

@@ -50,7 +50,7 @@ def structural_copy(model: nn.Module, own_buffers: bool = False) -> nn.Module:
         return _copy_modules_only(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); make it work with copy.deepcopy"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): make copy.deepcopy work on it"
         ) from error
 
 
@@ -83,6 +83,3 @@ def _copy_modules_only(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
     return copies[id(model)]
 
 
-def shallow_tree(model: nn.Module) -> nn.Module:
-    """As :func:`structural_copy`, for assembling: every module object is new, every tensor shared."""
-    return structural_copy(model)

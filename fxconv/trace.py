@@ -26,7 +26,7 @@ def _set_item(self: fx.Proxy, key: Any, value: Any) -> None:
     self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-_InplaceProxy.__setitem__ = _set_item  # type: ignore[attr-defined]
+setattr(_InplaceProxy, "__setitem__", _set_item)  # noqa: B010  (mypy allows no other way)
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
     setattr(_InplaceProxy, f"__{_name}__", _record(getattr(operator, _name)))
 

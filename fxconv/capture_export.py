@@ -1,0 +1,229 @@
+"""Capture by ``torch.export``: which dims are dynamic, how long it may take, and what the graph then relies on."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxconv import shapes
+from fxconv.captured import Captured, bare_squeezes, frozen_reason, quiet
+from fxconv.errors import CaptureError, TrainingModeError
+from fxconv.functional import functionalise
+from fxconv.hazards import training_ops
+from fxconv.program import Layout, fake_mode_of, relift, unlift
+from fxconv.result import finish, set_convention
+from fxconv.structure import structural_copy
+
+SLOW_CALL_SECONDS = 0.2
+"""An export step that takes longer than this is bogged down in symbolic sizes: ordinary ones take about 5 ms."""
+SLOW_EXPORT_SECONDS = 8.0
+"""CPU seconds in such steps after which an export with every dim dynamic is given up. torchvision's Swin takes 225 s
+with symbolic height and width and 5 s without; convolutional networks spend less than 1 s in such steps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to export: which dims are dynamic, and whether a batch of 1 is repeated to 2."""
+
+    dynamic: Any
+    double: bool
+    note: str
+
+
+def plans(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[Plan]:
+    double = shapes.needs_doubling(args, kwargs, dynamic_shapes)
+    repeated = "captured at batch 2 (export specialises a batch of 1)" if double else ""
+    if dynamic_shapes is not None:
+        plans = [Plan(dynamic_shapes, True, repeated)] if double else []
+        return [*plans, Plan(dynamic_shapes, False, "")]
+    plans = [Plan("all", double, repeated), Plan("batch", double, repeated)]
+    if double:
+        plans.append(Plan("all", False, "captured at the batch of the example"))
+    plans.append(Plan("none", False, "captured at the sizes of the example only"))
+    return plans
+
+
+def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> Captured:
+    use_args, use_kwargs = shapes.doubled(args, kwargs, _given(plan)) if plan.double else (args, kwargs)
+    use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
+    twin = structural_copy(model)
+    program = run_export(twin, use_args, use_kwargs, plan.dynamic)
+    pinned = _pinned_dims(program)
+    if pinned and plan.dynamic in ("all", "batch"):
+        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
+    frozen = frozen_reason(model)
+    captured = unlifted(program, flat=False)
+    gm, layout = captured.gm, captured.layout
+    name, forward = type(model).__name__, model.forward
+    checks = shapes.size_checks(gm, _static_by_choice(gm, plan, pinned))
+    return Captured(
+        gm,
+        "aten",
+        "export",
+        args,
+        kwargs,
+        lambda rewritten: finish(rewritten, name, frozen, layout, forward, checks),
+        [n for n in (plan.note, *captured.notes) if n],
+        captured.barriers,
+        checks=checks,
+    )
+
+
+def _static_by_choice(gm: fx.GraphModule, plan: Plan, pinned: set[Any]) -> set[tuple[str, int]]:
+    """(placeholder, dim) that the graph has fixed although the model might not: to be checked when it runs."""
+    fixed: set[tuple[str, int]] = set()
+    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        value = node.meta.get("val")
+        for dim, size in enumerate(shapes.sizes(value) if isinstance(value, torch.Tensor) else ()):
+            chosen = plan.dynamic != "all" or (index, dim) in pinned or dim == 0 or size == 1
+            if not isinstance(size, torch.SymInt) and chosen:
+                fixed.add((node.name, dim))
+    return fixed
+
+
+def _given(plan: Plan) -> Any:
+    return None if isinstance(plan.dynamic, str) else plan.dynamic
+
+
+def run_export(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any] | None = None
+) -> ExportedProgram:
+    if dynamic in ("all", "batch"):
+        spec: Any = {"args": shapes.all_dynamic(args, dynamic), "kwargs": shapes.all_dynamic(kwargs, dynamic)}
+        if pinned:
+            spec = _without_dims(spec, pinned)
+        given: Any = (*spec["args"], *spec["kwargs"].values())
+        given = _by_name(twin, args, kwargs, given)
+    else:
+        given = None if dynamic == "none" else dynamic
+    budget = _Budget() if dynamic == "all" else contextlib.nullcontext()
+    # A failed export prints the graph that it has so far to stderr.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), budget:
+        return torch.export.export(twin, args, kwargs or None, dynamic_shapes=given, strict=False)
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], specs: tuple[Any, ...]) -> Any:
+    """export wants a tuple without keyword arguments, and a dict by argument name with them."""
+    if not kwargs:
+        return specs
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    values = iter(specs)
+    named: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name not in bound.arguments:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            named[name] = tuple(next(values) for _ in bound.arguments[name])
+        elif parameter.kind is not parameter.VAR_KEYWORD and name not in kwargs:
+            named[name] = next(values)
+    by_key = dict(zip(kwargs, specs[len(args) :], strict=True))
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name in by_key:
+            named[name] = by_key[name]
+        elif parameter.kind is parameter.VAR_KEYWORD and name in bound.arguments:
+            named.update({k: by_key[k] for k in bound.arguments[name]})
+    return named
+
+
+def _pinned_dims(program: ExportedProgram) -> set[Any]:
+    """(leaf index, dim) of inputs that stay symbolic although the model accepts one value only."""
+    mode = fake_mode_of(program.graph)
+    if mode is None or mode.shape_env is None:
+        return set()
+    symbols = shapes.pinned_symbols(mode.shape_env)
+    if not symbols:
+        return set()
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    found = set()
+    for index, name in enumerate(names):
+        value = values.get(name)
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(shapes.sizes(value)):
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
+                    found.add((index, dim))
+    return found
+
+
+def _without_dims(spec: Any, pinned: set[Any]) -> Any:
+    index = -1
+
+    def fix(leaf: Any) -> Any:
+        nonlocal index
+        index += 1
+        if not isinstance(leaf, dict):
+            return leaf
+        return {dim: value for dim, value in leaf.items() if (index, dim) not in pinned} or None
+
+    def is_leaf(value: Any) -> bool:
+        return value is None or (isinstance(value, dict) and bool(value) and all(isinstance(k, int) for k in value))
+
+    return pytree.tree_map(fix, spec, is_leaf=is_leaf)
+
+
+class _TooSlow(CaptureError):
+    pass
+
+
+class _Budget(TorchFunctionMode):
+    """Gives an export up that has spent too long in slow steps (CPU time, so that a busy machine changes nothing)."""
+
+    def __enter__(self) -> _Budget:
+        self.last, self.slow = time.thread_time(), 0.0
+        super().__enter__()
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        now = time.thread_time()
+        step, self.last = now - self.last, now
+        if step > SLOW_CALL_SECONDS:
+            self.slow += step
+            if self.slow > SLOW_EXPORT_SECONDS:
+                raise _TooSlow("with every dim dynamic the export is too slow; pass dynamic_shapes to insist")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Unlifted:
+    gm: fx.GraphModule
+    layout: Layout
+    notes: list[str]
+    barriers: dict[str, str]
+
+
+def unlifted(program: ExportedProgram, flat: bool) -> _Unlifted:
+    """The program as a functional graph module that is called as its model was."""
+    gm, layout = unlift(program)
+    training = training_ops(gm.graph)
+    if training is not None:
+        raise TrainingModeError(f"{training} runs in training mode: call model.eval() before exporting")
+    barriers = functionalise(gm)
+    set_convention(gm, layout, flat=flat)
+    return _Unlifted(gm, layout, bare_squeezes(gm), barriers)
+
+
+def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Captured:
+    example = program.example_inputs
+    if args is None and example is not None:
+        args, kwargs = tuple(example[0]), dict(example[1])
+    plain = unlifted(program, flat=True)
+    layout = plain.layout
+
+    def rebuild(rewritten: fx.GraphModule) -> ExportedProgram:
+        return relift(rewritten, program, layout)
+
+    return Captured(
+        plain.gm, "aten", "export", args or (), kwargs, rebuild, plain.notes, plain.barriers
+    )
+
+

@@ -1,0 +1,144 @@
+"""Capture by ``symbolic_trace``: modules stay modules, and what cannot be traced stays whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from fxconv import shapes
+from fxconv.captured import Captured, bare_squeezes, frozen_reason, one_line, quiet
+from fxconv.errors import ArgsError, CaptureError
+from fxconv.functional import functionalise
+from fxconv.hazards import mode_dependent
+from fxconv.result import finish
+from fxconv.structure import structural_copy
+from fxconv.trace import strip_asserts, trace
+
+
+def symbolic_module(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    expected: Any = None,
+    whole: bool = False,
+) -> Captured:
+    """``whole`` refuses a graph that hides much of the model in children that cannot be traced: parts do better."""
+    twin = structural_copy(model)
+    with quiet():
+        gm, barriers = trace(twin)
+    strip_asserts(gm)
+    if whole:
+        _refuse_mostly_opaque(gm, barriers)
+    keep_root_hooks(twin, gm)
+    if args is not None:
+        _keep_output_types(gm, expected)
+    notes: list[str] = []
+    checks: list[shapes.SizeCheck] = []
+    if args is not None:
+        chosen = dynamic_shapes if dynamic_shapes is not None else "all"
+        propagated, chosen = propagate_shapes(gm, args, kwargs, chosen)
+        notes += propagated
+        checks = shapes.size_checks(gm, _fixed_sizes(gm, chosen))
+    barriers = {**functionalise(gm), **barriers}
+    if args is not None:
+        notes += bare_squeezes(gm)
+    targets = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and _switches(gm, str(n.target))}
+    name = type(model).__name__
+    baked = frozen_reason(model) if not targets else ""
+
+    def rebuild(rewritten: fx.GraphModule) -> fx.GraphModule:
+        kept = {str(n.target) for n in rewritten.graph.nodes if n.op == "call_module"}
+        frozen = frozen_reason(model) if targets - kept else baked
+        result = finish(rewritten, name, frozen, None, model.forward, checks)
+        keep_root_hooks(twin, result)
+        return result
+
+    return Captured(gm, "module", "symbolic", args or (), kwargs, rebuild, notes, barriers, checks=checks)
+
+
+def _switches(gm: fx.GraphModule, target: str) -> bool:
+    return any(mode_dependent(m) for m in gm.get_submodule(target).modules())
+
+
+def _refuse_mostly_opaque(gm: fx.GraphModule, barriers: dict[str, str]) -> None:
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    hidden = {
+        str(n.target): barriers[n.name]
+        for n in gm.graph.nodes
+        if n.op == "call_module" and "cannot be traced" in barriers.get(n.name, "")
+    }
+    opaque = sum(weights(gm.get_submodule(target)) for target in hidden)
+    if opaque > 0.1 * weights(gm):
+        target, reason = next(iter(hidden.items()))
+        raise CaptureError(f"symbolic_trace keeps {target!r} whole: {reason}")
+
+
+def keep_root_hooks(source: nn.Module, gm: nn.Module) -> None:
+    """Hooks of the model itself run around its forward, which is what was traced: they go on doing so."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+                 "_forward_hooks_always_called"):  # fmt: skip
+        getattr(gm, kind).update(getattr(source, kind))
+
+
+def _keep_output_types(gm: fx.GraphModule, expected: Any) -> None:
+    """``fx`` turns an OrderedDict or dataclass output into plain containers: rebuild what the model returned."""
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    leaves, spec = pytree.tree_flatten(output.args[0])
+    _, wanted = pytree.tree_flatten(expected)
+    if spec == wanted or len(leaves) != wanted.num_leaves:
+        return
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if any(n.args for n in placeholders):
+        return
+    names = [str(n.target) for n in placeholders]
+    _, in_spec = pytree.tree_flatten((tuple(0 for _ in names), {}))
+    output.args = (tuple(leaves),)
+    gm.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, in_spec, wanted))
+    gm.recompile()
+
+
+def _fixed_sizes(gm: fx.GraphModule, chosen: Any) -> set[tuple[str, int]]:
+    """(placeholder, dim) that the shapes of the graph take for fixed by choice (``chosen`` as in ``propagate``)."""
+    fixed: set[tuple[str, int]] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and chosen != "all":
+            numbered = enumerate(shapes.sizes(value))
+            fixed |= {(node.name, d) for d, size in numbered if not isinstance(size, torch.SymInt)}
+    return fixed
+
+
+def propagate_shapes(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> tuple[list[str], Any]:
+    """Shapes with dynamic dims; with fewer of them where the graph does not run so or pins them.
+
+    Returns notes and what was made dynamic in the end.
+    """
+    double = shapes.needs_doubling(args, kwargs, dynamic if not isinstance(dynamic, str) else None)
+    given = dynamic if not isinstance(dynamic, str) else None
+    wide = shapes.doubled(args, kwargs, given) if double else (args, kwargs)
+    tries = [(wide, dynamic), (wide, "batch"), ((args, kwargs), dynamic), ((args, kwargs), "none")]
+    error: Exception | None = None
+    for (use_args, use_kwargs), choice in tries:
+        try:
+            with quiet():
+                mode = shapes.propagate(gm, use_args, use_kwargs, choice)
+        except ArgsError:
+            raise
+        except Exception as caught:
+            error = error or caught
+            continue
+        if choice == "all" and shapes.pinned_symbols(mode.shape_env):  # type: ignore[arg-type]
+            continue
+        return ([] if choice == dynamic else [f"only these dims are dynamic: {choice}"]), choice
+    for node in gm.graph.nodes:
+        node.meta.pop("val", None)
+    raise CaptureError(f"the graph does not run on fake inputs ({one_line(error)})") from error
