@@ -344,7 +344,8 @@ def check(
     snapshot.assert_unchanged()
 
     report = fxconv.report(result)
-    assert not report.rolled_back, f"a law was wrong: {report.rolled_back}"
+    wrong = [(r.name, r.laws, r.verdict.get("reason"), r.verdict.get("max_error")) for r in report.rolled_back]
+    assert not wrong, f"rolled back, so a law or the verifier was wrong: {wrong}\n{result.graph}"
     assert report.verified, f"not verified: {report}"
     outcome = Outcome(model, result, kinds(result), macs(model, args, kwargs), macs(result, args, kwargs), args)
     if before is not None:

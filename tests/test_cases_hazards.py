@@ -68,7 +68,13 @@ HOOKS: dict[str, Callable[[nn.Sequential], Any]] = {
 def test_W8_hook_that_changes_values(where: str, capture: str) -> None:
     model = randomise(net())
     HOOKS[where](model)  # type: ignore[arg-type]
-    check(model, draw(X), capture=capture)
+    if capture == "symbolic" and "container" in where:  # fx never calls the root itself: the hook is kept, or named
+        try:
+            check(model, draw(X), capture=capture)
+        except fxconv.FxconvError as error:
+            assert re.search("hook", str(error))
+    else:
+        check(model, draw(X), capture=capture)
 
 
 @both_captures
