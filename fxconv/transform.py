@@ -232,7 +232,7 @@ def symbol_ranges(gm: fx.GraphModule) -> Symbols:
     env = getattr(mode, "shape_env", None)
     if env is None:
         return {}
-    values = getattr(env, "backed_var_to_val", None) or env.var_to_val
+    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     out: Symbols = {}
     for symbol, value in values.items():
         interval = env.var_to_range.get(symbol)
@@ -277,6 +277,8 @@ def _verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> No
                 affine=not pair.homogeneous,
                 positively_homogeneous=pair.homogeneous,
             )
+            if verdict.status == "failed" and _exactness(outcome.emitted, cluster) != "exact":
+                verdict = _to_rounding(verdict, outcome, cluster)
             if verdict.status != "failed":
                 rounding = _check_rounding(outcome.emitted, cluster)
                 if rounding.status == "failed":
@@ -307,6 +309,25 @@ def _concrete(pair: Pair, example: dict[sympy.Symbol, int]) -> list[Any]:
     from fxconv.probe import shapes_at
 
     return list(shapes_at(pair.inputs, example))
+
+
+def _exactness(emitted: Emitted, cluster: Cluster) -> str:
+    """Whether a rewrite uses a structure that holds within half a unit in the last place of each weight only."""
+    from fxconv.passes.recover import to_rounding
+
+    found = any(to_rounding(emitted.parameters[name]) for name in _parameters_of(emitted, cluster))
+    return "exact to rounding" if found else "exact"
+
+
+def _to_rounding(verdict: Verdict, outcome: Outcome, cluster: Cluster) -> Verdict:
+    """The verdict on weights that were moved by up to half a unit in the last place: an error of that size is no failure."""
+    dtype = outcome.state.originals[cluster.value].node.meta["val"].dtype
+    limit = torch.finfo(dtype).eps
+    if not verdict.probes or verdict.max_error > limit:
+        return verdict
+    return Verdict(
+        "confirmed", f"to rounding: the structure holds within half an ulp of {dtype}", verdict.probes, verdict.max_error, limit
+    )
 
 
 def _check_rounding(emitted: Emitted, cluster: Cluster) -> Verdict:
@@ -414,6 +435,7 @@ def _report(
                 _cost(state.price_after(cluster.value)),
                 _verdict(v),
                 module_path(state.originals[cluster.value].node),
+                _exactness(outcome.emitted, cluster),
             )
         )
     for cluster, v, nodes in outcome.rolled_back.values():
