@@ -42,15 +42,16 @@ class Cutter:
         self.constants: Constants = state.lifter.constants
         self.before = {n.name: n for n in captured.graph.nodes}
         self.after = {n.name: n for n in emitted.gm.graph.nodes}
+        self.renamed = {c.result: c.node for c in emitted.clusters}
 
     def cut(self, cluster: Cluster) -> Pair:
         """The two sides of one cluster."""
         reads = {self.state.originals[v].node.name for v in cluster.reads}
         target = self.before[cluster.node]
         free = {name for name in reads if not self._reaches(self.before[name], reads)}
-        original_nodes, original_inputs = self._upstream(target, free, self._stops_before)
+        original_nodes, original_inputs, aliases = self._upstream(target, free, self._stops_before)
         result = self.after[cluster.result]
-        new_nodes, new_inputs = self._upstream(result, free, self._stops_after)
+        new_nodes, new_inputs, new_aliases = self._upstream(result, free, self._stops_after)
         inputs = list(dict.fromkeys([*original_inputs, *new_inputs]))
         order = {name: i for i, name in enumerate(self.before)}
         inputs.sort(key=lambda name: order.get(name, len(order)))
@@ -64,8 +65,8 @@ class Cutter:
             isinstance(self.lifted.refs[n].value.node, Apply) for n in original_nodes if n in self.lifted.refs
         ) or any(n.op.startswith("call") and n.meta.get("fxconv_apply") for n in new_nodes)
         return Pair(
-            self._module(self.captured, original_nodes, inputs, target, {}),
-            self._module(self.emitted.gm, new_nodes, inputs, result, self.emitted.parameters),
+            self._module(self.captured, original_nodes, inputs, aliases, target, {}),
+            self._module(self.emitted.gm, new_nodes, inputs, new_aliases, result, self.emitted.parameters),
             specs,
             replaced,
             homogeneous,
@@ -89,8 +90,12 @@ class Cutter:
         return False
 
     def _stops_before(self, node: fx.Node) -> bool:
-        if node.op == "placeholder" or not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor):
+        val = node.meta.get("val")
+        if node.op == "placeholder" or isinstance(val, (int, float, torch.SymInt, torch.SymFloat)):
             return True
+        if isinstance(val, (tuple, list)):
+            # split, chunk: their parts are what is lifted.
+            return self.lifted.barriers.get(node) != ""
         return node not in self.lifted.ops and not self._is_constant(node)
 
     def _stops_after(self, node: fx.Node) -> bool:
@@ -102,10 +107,11 @@ class Cutter:
     def _is_constant(self, node: fx.Node) -> bool:
         return self.constants.is_constant(node)
 
-    def _upstream(self, target: fx.Node, free: set[str], stops: object) -> tuple[list[fx.Node], list[str]]:
+    def _upstream(self, target: fx.Node, free: set[str], stops: object) -> tuple[list[fx.Node], list[str], dict[str, str]]:
         """Nodes that compute ``target``, in graph order, and the names of the inputs they stop at."""
         nodes: list[fx.Node] = []
         inputs: list[str] = []
+        aliases: dict[str, str] = {}
         seen: set[fx.Node] = set()
         stack: list[tuple[fx.Node, bool]] = [(target, False)]
         while stack:
@@ -116,12 +122,14 @@ class Cutter:
             if node in seen:
                 continue
             seen.add(node)
-            if node is not target and (node.name in free or stops(node)):  # type: ignore[operator]
-                inputs.append(node.name)
+            name = self.renamed.get(node.name, node.name)
+            if node is not target and (name in free or stops(node)):  # type: ignore[operator]
+                inputs.append(name)
+                aliases[node.name] = name
                 continue
             stack.append((node, True))
             stack.extend((n, False) for n in reversed(node.all_input_nodes))
-        return nodes, inputs
+        return nodes, inputs, aliases
 
     def _spec(self, node: fx.Node) -> InputSpec:
         val = node.meta.get("val")
@@ -130,11 +138,18 @@ class Cutter:
         return InputSpec("symint", (as_size(val),))
 
     def _module(
-        self, source: fx.GraphModule, nodes: Iterable[fx.Node], inputs: list[str], target: fx.Node, exact: dict[str, Kernel]
+        self,
+        source: fx.GraphModule,
+        nodes: Iterable[fx.Node],
+        inputs: list[str],
+        aliases: dict[str, str],
+        target: fx.Node,
+        exact: dict[str, Kernel],
     ) -> fx.GraphModule:
         graph = fx.Graph()
         root = nn.Module()
-        env: dict[str, fx.Node] = {name: graph.placeholder(name) for name in inputs}
+        given = {name: graph.placeholder(name) for name in inputs}
+        env: dict[str, fx.Node] = {node: given[name] for node, name in aliases.items()}
         for node in nodes:
             if node.name in env:
                 continue

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxconv import kernel as kernels
 from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
 from fxconv.kernel import Kernel
 from fxconv.plan import Chain, Layout, Step, plan_view
 from fxconv.state import State
+from fxconv.strides import needs_copy
 from fxconv.sums import plan_sum
 from fxconv.writer import Writer
 
@@ -60,6 +62,7 @@ class Emitter:
         self.writer = Writer(gm, dialect, self._fresh_name, requires_grad)
         self.tensors: dict[Value, tuple[fx.Node, Layout]] = {}
         self.reads: dict[Value, None] = {}
+        self._reads_of: dict[Value, dict[Value, None]] = {}
 
     def _fresh_name(self, wanted: str) -> str:
         name, count = wanted, 0
@@ -84,7 +87,10 @@ class Emitter:
         self._clean()
         alive = {n.name for n in self.gm.graph.nodes}
         kept = [
-            Cluster(c.value, c.node, c.result, tuple(n for n in c.new_nodes if n in alive), c.reads) for c in clusters
+            Cluster(c.value, c.node, c.result, tuple(n for n in c.new_nodes if n in alive), c.reads)
+            for c in clusters
+            # A value whose only readers absorbed it, or that is in another layout, is checked as a part of those.
+            if c.result in alive and state.anchored(c.value)
         ]
         return Emitted(self.gm, tuple(kept), self.writer.parameters)
 
@@ -110,17 +116,19 @@ class Emitter:
         mode = getattr(val, "fake_mode", None)
         if mode is not None:
             w.meta["fake_mode"] = mode
-        self.reads = {}
         with self.gm.graph.inserting_before(twin):
             node, layout = self._emit(v)
             if self.state.anchored(v):
                 node = self._in_dims(v, node, layout, original)
+                if needs_copy(self.state, v):
+                    shape = self.state.lifter.lifted.refs[original].shape
+                    node = w.write(Step("contiguous", shape, shape), node)
                 self.tensors[v] = self._in_memory_order(v, node)
             if node in self.twins.values():
                 # An alias of another node: give the rewrite a node of its own name by a view.
                 node = w.call(torch.ops.aten.alias.default, node) if w.dialect == "aten" else node
         names = tuple(n.name for n in w.written)
-        return Cluster(v, original.name, node.name, names, tuple(self.reads))
+        return Cluster(v, original.name, node.name, names, tuple(self._reads_of[v]))
 
     def _in_dims(self, v: Value, node: fx.Node, layout: Layout, original: fx.Node) -> fx.Node:
         """The tensor in the dims that the original node's users expect."""
@@ -161,37 +169,40 @@ class Emitter:
 
     def _emit(self, v: Value) -> tuple[fx.Node, Layout]:
         """The tensor of a value: its node and layout, written if it is not there yet."""
-        state = self.state
         found = self.tensors.get(v)
-        if found is not None:
-            if v in state.originals:
-                self.reads[v] = None
-            return found
-        if state.unchanged(v) or isinstance(v.node, Leaf):
+        if found is None:
+            outer, self.reads = self.reads, {}
+            found = self.tensors[v] = self._write(v)
+            self._reads_of[v], self.reads = self.reads, outer
+        if self._is_boundary(v):
             self.reads[v] = None
-            producer = state.lifter.lifted.producers[v]
-            out = self._in_memory_order(v, self.twins[producer])
-        elif isinstance(v.node, Sum):
-            out = self._emit_sum(v.node)
-        elif isinstance(v.node, Const):
-            k = v.node.kernel
-            shape = [s if f else 1 for s, f in zip(v.node.sizes, v.node.varies, strict=True)]
-            from fxconv import kernel as kernels
+        else:
+            self.reads.update(self._reads_of[v])
+        return found
 
-            node = self.writer.parameter(kernels.reshape(k, shape), "constant")
+    def _is_boundary(self, v: Value) -> bool:
+        """Whether v has a node of its own in the original's dims: where one rewrite ends and another begins."""
+        return v in self.state.originals and (self.state.unchanged(v) or self.state.anchored(v))
+
+    def _write(self, v: Value) -> tuple[fx.Node, Layout]:
+        state = self.state
+        if state.unchanged(v) or isinstance(v.node, Leaf):
+            return self._in_memory_order(v, self.twins[state.lifter.lifted.producers[v]])
+        if isinstance(v.node, Sum):
+            return self._emit_sum(v.node)
+        if isinstance(v.node, Const):
+            shape = [s if f else 1 for s, f in zip(v.node.sizes, v.node.varies, strict=True)]
+            node = self.writer.parameter(kernels.reshape(v.node.kernel, shape), "constant")
             node = self.writer.write(Step("expand", tuple(shape), v.sizes), node)
-            out = (node, tuple((i,) for i in range(v.rank)))
-        elif isinstance(v.node, Apply):
+            return node, tuple((i,) for i in range(v.rank))
+        if isinstance(v.node, Apply):
             x, layout = self._emit(v.node.x)
-            out = v.node.op.emit(v.node, x, layout, self)
-        elif isinstance(v.node, View):
+            return v.node.op.emit(v.node, x, layout, self)
+        if isinstance(v.node, View):
             x, layout = self._emit(v.node.x)
             plan = plan_view(v.node, layout)
-            out = (self._chain(plan.steps, x), plan.layout)
-        else:
-            out = self._emit_map(v, None)
-        self.tensors[v] = out
-        return out
+            return self._chain(plan.steps, x), plan.layout
+        return self._emit_map(v, None)
 
     def _emit_map(self, v: Value, bias: Const | None) -> tuple[fx.Node, Layout]:
         assert isinstance(v.node, Map)

@@ -43,11 +43,25 @@ class Kernel:
     def tensor(self) -> torch.Tensor:
         """The values: float64, of ``shape``."""
         if self._value is None:
+            self._compute_parents()
             value = self._thunk()
             if tuple(value.shape) != tuple(self.shape):
                 raise AssertionError(f"kernel {self.spec!r} has shape {tuple(value.shape)}, declared {self.shape}")
             self._value = value
         return self._value
+
+    def _compute_parents(self) -> None:
+        """Compute what this kernel is derived from, deepest first: a chain of 200 Linears must not recurse 200 deep."""
+        stack: list[tuple[Kernel, bool]] = [(p, False) for p in self.parents]
+        while stack:
+            k, ready = stack.pop()
+            if k._value is not None:
+                continue
+            if ready:
+                k._value = k._thunk()
+            else:
+                stack.append((k, True))
+                stack.extend((p, False) for p in k.parents)
 
     def fact(self, name: str, compute: Callable[[torch.Tensor], Any]) -> Any:
         """A named predicate of the values, computed once ("positive", "zero", …)."""
@@ -57,9 +71,12 @@ class Kernel:
 
     def release(self) -> None:
         """Forget computed values (they are computed again when asked for)."""
-        self._value = None
-        for parent in self.parents:
-            parent.release()
+        stack = [self]
+        while stack:
+            k = stack.pop()
+            if k._value is not None or k is self:
+                k._value = None
+                stack.extend(k.parents)
 
     @property
     def is_static(self) -> bool:

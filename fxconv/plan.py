@@ -40,7 +40,7 @@ class Step:
 
     Attributes:
         kind: "linear", "conv", "conv_transpose", "scale", "expand", "slice", "pad", "avg_pool", "nearest", "interpolate",
-            "adaptive_avg", "mean", "reshape", "permute", "add", "cat", "apply".
+            "adaptive_avg", "mean", "gather", "reshape", "permute", "add", "cat", "apply".
         in_shape, shape: input and output shapes.
         weights: kernels that become parameters, in the operator's order.
         attrs: the operator's other arguments.
@@ -189,6 +189,8 @@ def plan_map(m: Map, layout: Layout, target: Target, bias: Const | None = None) 
     """
     if any(isinstance(r, Resample) for r in m.roles):
         return _plan_resample(m, layout)
+    if (index := gathered(m.kernel)) is not None:
+        return _plan_gather(m, layout, index)
     if is_selection(m):
         return _plan_selection(m, layout)
     active = [r for r in m.roles if not isinstance(r, Kept)]
@@ -216,7 +218,7 @@ def takes_bias(m: Map, c: Const) -> bool:
     varying = {o for o, v in enumerate(c.varies) if v}
     if not varying <= rows:
         return False
-    if any(isinstance(r, Resample) for r in m.roles) or is_selection(m):
+    if any(isinstance(r, Resample) for r in m.roles) or is_selection(m) or gathered(m.kernel) is not None:
         return False
     plain_scale = not m.contracted and all(isinstance(r, (Kept, Shared)) for r in m.roles)
     return plain_scale or bool(m.contracted) or any(isinstance(r, (New, Shared)) for r in m.roles)
@@ -502,6 +504,34 @@ def _isolate_group(layout: Layout, slots: set[int]) -> list[tuple[int, ...]]:
             part.append(s)
         out.append(tuple(part))
     return out + [(s,) for s in sorted(slots - {s for g in layout for s in g})]
+
+
+def gathered(k: Kernel) -> tuple[int, ...] | None:
+    """The entries that a map's rows select, where its kernel is a selection found by `recover`."""
+    while k.spec == "reshape":
+        k = k.parents[0]
+    return k.spec[1] if isinstance(k.spec, tuple) and k.spec and k.spec[0] == "gather" else None
+
+
+def _plan_gather(m: Map, layout: Layout, index: tuple[int, ...]) -> list[Plan]:
+    """Entries of one dim by their indices."""
+    chain = Chain(m.x.sizes, layout)
+    columns = m.contracted
+    groups = [tuple(s for s in g if s not in columns) for g in layout]
+    place = next((d for d, g in enumerate(layout) if g == columns), None)
+    if place is None:
+        groups = [*(g for g in groups if g), columns]
+        place = len(groups) - 1
+    else:
+        groups[place] = columns
+    chain.to(groups)
+    shape = list(chain.shape())
+    shape[place] = len(index)
+    chain.add("gather", shape, dim=place, index=index)
+    rename = _kept_rename(m)
+    news = tuple(o for o, r in enumerate(m.roles) if isinstance(r, New))
+    out = tuple(news if d == place else tuple(rename[s] for s in g) for d, g in enumerate(groups))
+    return [Plan(tuple(chain.steps), out)]
 
 
 # -- Linear -----------------------------------------------------------------------------------------------------------

@@ -21,13 +21,18 @@ from fxconv.errors import ArgsError
 
 
 def all_dynamic(value: Any, dims: str = "all") -> Any:
-    """``dynamic_shapes`` for one argument: ``Dim.AUTO`` on every dim (or on dim 0 only, ``dims="batch"``)."""
+    """``dynamic_shapes`` for one argument: ``Dim.AUTO`` on batch and spatial dims (or on dim 0 only, ``dims="batch"``).
+
+    Dim 1 of an image or a volume is its channels, which weights fix; where only a concatenation reads them first,
+    export would find a dynamic number of channels and the concatenation's places would be unknown.
+    """
 
     def spec(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return None
         count = leaf.dim() if dims == "all" else min(1, leaf.dim())
-        return {i: Dim.AUTO for i in range(count) if dims == "all" or leaf.shape[i] > 1} or None
+        wanted = [i for i in range(count) if dims == "all" or leaf.shape[i] > 1]
+        return {i: Dim.AUTO for i in wanted if not (i == 1 and leaf.dim() >= 4)} or None
 
     return pytree.tree_map(spec, value)
 

@@ -7,7 +7,7 @@ depends on them; nothing else is recomputed. Every change is logged, so that a t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, operand
 from fxconv.lift import Lifter
 from fxconv.original import original_steps
 from fxconv.plan import Chain, Layout, Plan, Step, Target, plan_map, plan_view
+from fxconv.strides import reading, sliced_at
 from fxconv.sums import concatenated, plan_sum
 
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
@@ -131,11 +132,17 @@ class State:
         return score(self.total, self.objective)
 
     def layout(self, v: Value) -> Layout:
-        found = self.layouts.get(v)
-        if found is None:
-            self._price(v)
-            found = self.layouts[v]
-        return found
+        stack = [v]
+        while stack:
+            x = stack[-1]
+            missing = [y for y in self.reads(x) if y not in self.layouts] if x not in self.layouts else []
+            if missing:
+                stack.extend(missing)
+                continue
+            if x not in self.layouts:
+                self._price(x)
+            stack.pop()
+        return self.layouts[v]
 
     def best_plan(self, v: Value, bias: Const | None = None) -> Plan | None:
         """The cheapest way to write a value that is a map or a view."""
@@ -398,7 +405,19 @@ class State:
         self.layouts[v] = plan_.layout
         if isinstance(node, Map) and self._inlined(v):
             return Price()
-        return self._steps_price(plan_.steps)
+        return self._steps_price(plan_.steps) + self._copies(v, plan_)
+
+    def _copies(self, v: Value, plan: Plan) -> Price:
+        """What the readers of a slice pay because it is not contiguous."""
+        at = sliced_at(plan)
+        if at is None:
+            return Price()
+        step = plan.steps[-1]
+        found = reading(self, v, step.shape[at:])
+        copy = self.model.price(Step("copy", step.shape, step.shape))
+        if found.contiguous:
+            return copy
+        return replace(copy.times(found.copies), launches=0.0)
 
     def _inlined(self, v: Value) -> bool:
         """Whether every user writes v as a part of its own concatenation."""

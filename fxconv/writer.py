@@ -221,6 +221,9 @@ class Writer:
     def _permute(self, step: Step, x: fx.Node) -> fx.Node:
         return self.call(aten.permute.default, x, list(step.attrs["dims"]), module_target=torch.permute)
 
+    def _contiguous(self, step: Step, x: fx.Node) -> fx.Node:
+        return self.call(aten.contiguous.default, x, module_target=torch.Tensor.contiguous)
+
     def _expand(self, step: Step, x: fx.Node) -> fx.Node:
         sizes = [-1 if same(a, b) else self.size(b, x) for a, b in zip(shape_of(x.meta["val"]), step.shape, strict=True)]
         return self.call(aten.expand.default, x, sizes, module_target=torch.Tensor.expand)
@@ -383,6 +386,14 @@ class Writer:
         size = [self.size(s, x) for s in step.attrs["size"]]
         nd = len(size)
         return self.call(_ADAPTIVE_ATEN[nd], x, size, module_target=_ADAPTIVE[nd])
+
+    def _gather(self, step: Step, x: fx.Node) -> fx.Node:
+        name = self.fresh_name(f"{self.base}_index")
+        index = torch.tensor(step.attrs["index"], device=self.device)
+        self.gm.register_buffer(name, index)
+        node = self.graph.get_attr(name)
+        self._finish(node, self._fake(index))
+        return self.call(aten.index_select.default, x, step.attrs["dim"], node, module_target=torch.index_select)
 
     def _mean(self, step: Step, x: fx.Node) -> fx.Node:
         return self.call(aten.mean.dim, x, list(step.attrs["dims"]), module_target=torch.mean)

@@ -4,35 +4,108 @@
 the selections are absorbed as column blocks of the kernel.
 
 Always exact. Where M reads zero padding, ``M(c)`` varies at the border; where that border has a dynamic size there is no
-constant for it, and the law refuses. Pays only once each branch has absorbed its selection, so that is done in the same
-step.
+constant for it, and the law refuses. Distributing pays only once each branch has absorbed what it met, so that is done
+in the same step, to three degrees: absorb selections only; absorb the map that is next; or push M down each branch as
+far as it goes (through single-use sums, and below what makes tensors larger, such as an upsampling).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import compose, map_constant, normal, view_constant
+from fxconv.algebra import compose, map_constant, meet, normal, view_constant
 from fxconv.expr import Const, Map, Sum, Value, View, is_selection, view
-from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
+from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
+from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
+
+
+def _of_constant(m: Map, between: View | None, t: Value) -> Value | str:
+    c = t.node
+    assert isinstance(c, Const)
+    if between is not None:
+        c = view_constant(View(t, between.splits, between.groups), c)
+    result = map_constant(m, c)
+    return result if isinstance(result, str) else Value(result)
+
+
+def _plain(m: Map, between: View | None, t: Value) -> Value:
+    x = t if between is None else view(t, between.splits, between.groups)
+    return normal(x if isinstance(x, Value) else Value(x), m.roles, m.kernel)
 
 
 def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value | str:
     """The map (after a view) of one term."""
     if isinstance(t.node, Const):
-        c = t.node
-        if between is not None:
-            c = view_constant(View(t, between.splits, between.groups), c)
-        result = map_constant(m, c)
-        return result if isinstance(result, str) else Value(result)
+        return _of_constant(m, between, t)
     if isinstance(t.node, Map) and (absorb or is_selection(t.node)):
         composed = compose(m, t.node, between)
         if not isinstance(composed, str):
             return composed
-    x = t if between is None else view(t, between.splits, between.groups)
-    x = x if isinstance(x, Value) else Value(x)
-    return normal(x, m.roles, m.kernel)
+    return _plain(m, between, t)
+
+
+def _push(m: Map, between: View | None, t: Value, context: Context, depth: int = 24) -> Value | str:
+    """The map of a term, as deep down as it goes."""
+    if isinstance(t.node, Const):
+        return _of_constant(m, between, t)
+    if depth == 0 or context.uses(t) > 1:
+        return _term(m, between, t, absorb=False)
+    if isinstance(t.node, Sum):
+        parts: list[Value] = []
+        for s in t.node.terms:
+            part = _push(m, between, s, context, depth - 1)
+            if isinstance(part, str):
+                return _plain(m, between, t)
+            parts.append(part)
+        return make_sum(parts)
+    if isinstance(t.node, Map):
+        composed = compose(m, t.node, between)
+        if not isinstance(composed, str):
+            return _further(composed, context, depth)
+        if context.count(t.sizes) > context.count(t.node.x.sizes):
+            met = meet(m, t.node, between)
+            swapped = exchange(met, t.node) if not isinstance(met, str) else None
+            if swapped is not None:
+                return _below(swapped, context, depth)
+    return _plain(m, between, t)
+
+
+def _further(v: Value, context: Context, depth: int) -> Value:
+    """Push the map that a value is into what it reads."""
+    view_, inner = through_view(v)
+    if not isinstance(inner.node, Map):
+        return v
+    between, x = through_view(inner.node.x)
+    if not isinstance(x.node, (Sum, Map)) or context.uses(x) > 1:
+        return v
+    pushed = _push(inner.node, between, x, context, depth - 1)
+    if isinstance(pushed, str):
+        return v
+    return _seen(view_, pushed)
+
+
+def _below(v: Value, context: Context, depth: int) -> Value:
+    """After a swap ``B(A(x))``: push A on."""
+    view_, outer = through_view(v)
+    if not isinstance(outer.node, Map):
+        return v
+    between, inner = through_view(outer.node.x)
+    pushed = _further(inner, context, depth - 1)
+    if pushed is inner:
+        return v
+    return _seen(view_, normal(_seen(between, pushed), outer.node.roles, outer.node.kernel))
+
+
+def _seen(between: View | None, x: Value) -> Value:
+    if between is None:
+        return x
+    if isinstance(x.node, Sum):
+        return make_sum([_seen(between, t) for t in x.node.terms])
+    if isinstance(x.node, Const):
+        return Value(view_constant(View(x, between.splits, between.groups), x.node))
+    out = view(x, between.splits, between.groups)
+    return out if isinstance(out, Value) else Value(out)
 
 
 def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
@@ -41,11 +114,14 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         return
     m, between, x = found
     if isinstance(x.node, Const):
-        result = _term(m, between, x, absorb=True)
+        result = _of_constant(m, between, x)
         yield Refusal(result) if isinstance(result, str) else result
         return
     if not isinstance(x.node, Sum):
         return
+    deep = _push(m, between, x, context)
+    if not isinstance(deep, str) and not isinstance(deep.node, Map):
+        yield deep
     for absorb in (True, False):
         terms: list[Value] = []
         for t in x.node.terms:
