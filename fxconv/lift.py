@@ -19,6 +19,7 @@ from fxconv.constants import Constants
 from fxconv.expr import Const, Leaf, Value
 from fxconv.refs import LiftError, Ref
 from fxconv.spelling import Barrier, Op, Operand, Param, canonical
+from fxconv.spelling_common import attribute
 
 
 @dataclass
@@ -127,7 +128,12 @@ class Lifter:
         def values() -> torch.Tensor:
             return constants.value(operand).detach().to(torch.float64)
 
-        return kernels.stored(values, self.shape(operand), (id(constants), kind, name))
+        k = kernels.stored(values, self.shape(operand), (id(constants), kind, name))
+        if isinstance(operand, Param) or isinstance(operand, fx.Node) and operand.op == "get_attr":
+            # Structure tests read the weight as it is stored, without a float64 copy.
+            path = operand.name if isinstance(operand, Param) else str(operand.target)
+            k._facts.setdefault("native", attribute(constants.gm, path))
+        return k
 
     def constant(self, operand: Operand) -> Ref:
         k = self.kernel(operand)

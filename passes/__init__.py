@@ -18,6 +18,7 @@ from fxconv.passes import (
     homogeneity,
     merge_branches,
     merge_siblings,
+    recover,
     restate,
 )
 
@@ -30,6 +31,7 @@ LAWS: tuple[Law, ...] = (
     commute.law,
     homogeneity.law,
     merge_siblings.law,
+    recover.law,
     restate.law,
 )
 """Every law that `transform` uses by default, in the order in which it is tried."""

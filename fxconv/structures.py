@@ -1,0 +1,421 @@
+"""Structure tests on matrices: diagonal, blocks, Toeplitz, permutation, repeated rows, low rank.
+
+Each test looks at a few entries first and rejects an ordinary dense matrix there; what survives is proved on every
+entry. Matrices are in the model's own dtype: equality means equality of the stored values. ``slack`` admits half a unit
+in the last place per weight instead (`ulp`), which the caller must label "exact to rounding".
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SAMPLES = 32
+"""Entries looked at before a whole matrix is."""
+
+_RANK_SAMPLE = 320
+"""Side of the submatrix whose full rank rejects low rank: ranks from here on are not looked for in larger matrices."""
+
+_MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}
+
+
+def ulp(w: torch.Tensor) -> torch.Tensor:
+    """The unit in the last place of each entry, in float64."""
+    _, exponent = torch.frexp(w.double())
+    return torch.exp2((exponent - _MANTISSA.get(w.dtype, 53)).double())
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A pair of factors, one of the rows (``row`` entries inside it) and one of the columns.
+
+    Row index = (outer, o, inner) with o < ``m`` and inner < ``row``; column index = (outer, i, inner) with i < ``n`` and
+    inner < ``column``. The matrix depends on o and i through ``i − stride·o`` only (Toeplitz), or vanishes where they
+    differ (blocks, stride 0).
+    """
+
+    row: int
+    m: int
+    column: int
+    n: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some nonzero entries: their places and values."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+
+
+def divisors(n: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def sample(w: torch.Tensor, seed: int = 0, count: int = _SAMPLES) -> Samples:
+    """Nonzero entries from rows that are spread over the matrix, and up to two per row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(w.shape[0], generator=generator)[:count]
+    places = []
+    for r in rows.tolist():
+        found = w[r].nonzero()[:, 0]
+        if len(found):
+            picks = torch.randint(len(found), (2,), generator=generator)
+            places += [(r, int(found[p])) for p in picks]
+    if not places:
+        empty = torch.zeros(0, dtype=torch.long)
+        return Samples(empty, empty, w.new_zeros(0))
+    r, c = (torch.tensor(x) for x in zip(*places, strict=True))
+    return Samples(r, c, w[r, c])
+
+
+def is_zero(w: torch.Tensor) -> bool:
+    return len(sample(w).rows) == 0 and not bool(w.any())
+
+
+# -- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+def block_axes(w: torch.Tensor, most: int = 3) -> list[Axis]:
+    """Ways in which a matrix is block-diagonal, those with the most blocks first; a diagonal matrix has blocks of 1×1."""
+    s = sample(w)
+    if not len(s.rows):
+        return []
+    found: list[Axis] = []
+    total: int | None = None
+    for g in reversed(divisors(math.gcd(*w.shape))):
+        if g == 1 or len(found) == most:
+            break
+        for row in divisors(w.shape[0] // g):
+            index = (s.rows // row) % g
+            for column in divisors(w.shape[1] // g):
+                if not torch.equal(index, (s.columns // column) % g):
+                    continue
+                axis = Axis(row, g, column, g, 0)
+                if any(_finer(f, axis) for f in found):
+                    continue
+                if total is None:
+                    total = int(w.count_nonzero())
+                if int(_blocks(w, axis).count_nonzero()) == total:
+                    found.append(axis)
+    return found[:most]
+
+
+def _finer(a: Axis, b: Axis) -> bool:
+    """Whether b's blocks are unions of a's: then a was found first and says more."""
+    rows = a.row <= b.row and a.row * a.m >= b.row * b.m
+    return rows and a.column <= b.column and a.column * a.n >= b.column * b.n
+
+
+def _blocks(w: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The diagonal blocks, ``[row outer, row inner, column outer, column inner, g]``."""
+    six = w.reshape(-1, axis.m, axis.row, w.shape[1] // (axis.n * axis.column), axis.n, axis.column)
+    return six.diagonal(dim1=1, dim2=4)
+
+
+def blocks(w: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The diagonal blocks of a block-diagonal matrix: ``[g, row outer, row inner, column outer, column inner]``."""
+    return _blocks(w, axis).movedim(-1, 0)
+
+
+# -- Toeplitz ---------------------------------------------------------------------------------------------------------
+
+
+def toeplitz_axes(w: torch.Tensor, slack: bool = False, most: int = 40) -> list[Axis]:
+    """Pairs of factors along which a matrix is shift-invariant, the largest first."""
+    rows, columns = w.shape
+    s = sample(w)
+    if not len(s.rows):
+        return []
+    margin = ulp(s.values).to(w.dtype) if slack else torch.zeros_like(s.values)
+    candidates: list[Axis] = []
+    for row in divisors(rows)[:-1]:
+        for shift in _shifts(w, s, margin, row):
+            for column in divisors(math.gcd(shift, columns)):
+                stride = shift // column
+                for n in divisors(columns // column):
+                    if n <= stride or n < 2:
+                        continue
+                    for m in divisors(rows // row):
+                        # Windows that would begin past the end read nothing.
+                        if 2 <= m and (m - 1) * stride < 2 * n:
+                            candidates.append(Axis(row, m, column, n, stride))
+    candidates.sort(key=lambda a: -a.m * a.n)
+    found: list[Axis] = []
+    quick = _Quick.of(w, slack) if candidates else None
+    for axis in candidates:
+        if len(found) == most or quick is None:
+            break
+        if not quick.survives(axis) or any(_part_of(axis, f) for f in found):
+            continue
+        if _shift_invariant(w, axis, slack):
+            found.append(axis)
+    return found
+
+
+def _shifts(w: torch.Tensor, s: Samples, margin: torch.Tensor, row: int) -> list[int]:
+    """How far to the right sampled values are found again, ``row`` rows below; the most frequent distances."""
+    fits = s.rows + row < w.shape[0]
+    if not bool(fits.any()):
+        return []
+    r, c, v, e = s.rows[fits] + row, s.columns[fits], s.values[fits], margin[fits]
+    hits = ((w[r] - v[:, None]).abs() <= e[:, None]).nonzero()
+    distance = hits[:, 1] - c[hits[:, 0]]
+    distance = distance[distance > 0]
+    if not len(distance):
+        return []
+    values, votes = distance.unique(return_counts=True)
+    order = votes.argsort(descending=True, stable=True)[:6]
+    enough = max(2, int(fits.sum()) // 8)
+    return [int(values[i]) for i in order if int(votes[i]) >= enough]
+
+
+def _part_of(a: Axis, b: Axis) -> bool:
+    """Whether a follows from b (the same shift, over a part of the range)."""
+    return (a.row, a.column, a.stride) == (b.row, b.column, b.stride) and b.m % a.m == 0 and b.n % a.n == 0
+
+
+@dataclass(frozen=True)
+class _Quick:
+    """Sampled entries as Python numbers: most candidates are rejected by the first one or two."""
+
+    entries: list[tuple[int, int, float, float]]
+    table: Any
+
+    @classmethod
+    def of(cls, w: torch.Tensor, slack: bool) -> _Quick:
+        s = sample(w, seed=1, count=4 * _SAMPLES)
+        margin = ulp(s.values) if slack else torch.zeros(len(s.rows))
+        entries = zip(s.rows.tolist(), s.columns.tolist(), s.values.tolist(), margin.tolist(), strict=True)
+        wide = w if w.dtype in (torch.float32, torch.float64) else w.float()
+        return cls(list(entries), wide.cpu().numpy())
+
+    def survives(self, a: Axis) -> bool:
+        """Whether every sampled entry is found again one step up and down the diagonal."""
+        tested = False
+        down, right = a.row, a.stride * a.column
+        for r, c, value, margin in self.entries:
+            o, i = r // a.row % a.m, c // a.column % a.n
+            if o + 1 < a.m and i + a.stride < a.n:
+                if abs(self.table[r + down, c + right] - value) > margin:
+                    return False
+                tested = True
+            if o and i >= a.stride:
+                if abs(self.table[r - down, c - right] - value) > margin:
+                    return False
+                tested = True
+        return tested
+
+
+def _six(w: torch.Tensor, axis: Axis) -> torch.Tensor:
+    return w.reshape(-1, axis.m, axis.row, w.shape[1] // (axis.n * axis.column), axis.n, axis.column)
+
+
+def _shift_invariant(w: torch.Tensor, axis: Axis, slack: bool) -> bool:
+    six = _six(w, axis)
+    a, b = six[:, :-1, :, :, : axis.n - axis.stride], six[:, 1:, :, :, axis.stride :]
+    if slack:
+        return bool(((a - b).abs().double() <= ulp(a)).all())
+    return torch.equal(a, b)
+
+
+def toeplitz_sets(w: torch.Tensor, axes: list[Axis], most: int = 3) -> list[tuple[Axis, ...]]:
+    """One axis, or two nested in one another (outer first): those with the fewest multiply-adds, by a sample of entries."""
+    sets: list[tuple[Axis, ...]] = [(a,) for a in axes]
+    for a, b in itertools.permutations(axes, 2):
+        if a.row % (b.row * b.m) == 0 and a.column % (b.column * b.n) == 0:
+            sets.append((a, b))
+    s = sample(w, seed=2, count=16 * _SAMPLES)
+    spans = {a: _span(s, a) for a in axes}
+
+    def price(chosen: tuple[Axis, ...]) -> tuple[float, int]:
+        return w.numel() * math.prod(spans[a] / a.n for a in chosen), len(chosen)
+
+    best = sorted(sets, key=price)[:most]
+    return [c for c in best if price(c)[0] < w.numel() * max(a.m for a in c)]
+
+
+def _span(s: Samples, a: Axis) -> int:
+    """How many taps the sampled entries need."""
+    t = (s.columns // a.column) % a.n - a.stride * ((s.rows // a.row) % a.m)
+    places = t.unique()
+    distance = math.gcd(*(int(p - places[0]) for p in places)) or 1
+    return int(places[-1] - places[0]) // distance + 1
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The kernel of a Toeplitz matrix.
+
+    Attributes:
+        values: ``[row atoms…, column atoms…]`` with each sliding pair replaced by taps, see `taps`; float64.
+        first, step: per sliding pair, which input (relative to stride·o) the first tap reads, and the taps' distance.
+        exact: whether it gives every stored value, or each within half a unit in the last place.
+    """
+
+    values: torch.Tensor
+    first: tuple[int, ...]
+    step: tuple[int, ...]
+    exact: bool
+
+
+def atoms(shape: torch.Size, axes: tuple[Axis, ...]) -> tuple[list[int], list[int]]:
+    """Row and column factors: outer, (sliding, inner) per axis."""
+    row_atoms, column_atoms, rows, columns = [], [], *shape
+    for a in axes:
+        row_atoms += [rows // (a.m * a.row), a.m]
+        column_atoms += [columns // (a.n * a.column), a.n]
+        rows, columns = a.row, a.column
+    return [*row_atoms, rows], [*column_atoms, columns]
+
+
+def taps(w: torch.Tensor, axes: tuple[Axis, ...]) -> Taps | None:
+    """The kernel ``[outer row, (taps, inner row)…, outer column, inner column…]`` of a matrix, or None if it is none."""
+    rows, columns = atoms(w.shape, axes)
+    k = w.reshape(*rows, *columns)
+    low = high = k.double()
+    count = len(axes)
+    first: list[int] = []
+    step: list[int] = []
+    for d, a in enumerate(axes):
+        # Column atoms move up by one for every sliding pair that is gone already.
+        o_dim, i_dim = 1 + 2 * d, len(rows) + 1 + d
+        low, high = _along(low, a, o_dim, i_dim, "amin"), _along(high, a, o_dim, i_dim, "amax")
+    value = (low + high) / 2
+    for d, a in enumerate(axes):
+        dim = 1 + 2 * d
+        live = value.abs().movedim(dim, 0).flatten(1).amax(1).nonzero()[:, 0]
+        if not len(live):
+            return None
+        distance = math.gcd(*(int(p - live[0]) for p in live)) or 1
+        first.append(int(live[0]) - (a.m - 1) * a.stride)
+        step.append(distance)
+        index = [slice(None)] * value.dim()
+        index[dim] = slice(int(live[0]), int(live[-1]) + 1, distance)
+        value, low, high = value[tuple(index)], low[tuple(index)], high[tuple(index)]
+    assert value.dim() == len(rows) + len(columns) - count
+    exact = torch.equal(low, high)
+    if not exact and bool(((high - low) > torch.minimum(_ulp64(low, w.dtype), _ulp64(high, w.dtype))).any()):
+        return None
+    return Taps(value.contiguous(), tuple(first), tuple(step), exact)
+
+
+def _ulp64(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return ulp(t.to(dtype))
+
+
+def _along(k: torch.Tensor, a: Axis, o_dim: int, i_dim: int, how: str) -> torch.Tensor:
+    """Least or greatest entries along the lines of equal ``i − stride·o``; their axis takes the place of o's."""
+    moved = k.movedim((o_dim, i_dim), (-2, -1))
+    line = torch.arange(a.n)[None] - a.stride * torch.arange(a.m)[:, None] + (a.m - 1) * a.stride
+    flat = moved.reshape(*moved.shape[:-2], a.m * a.n)
+    out = flat.new_zeros(*flat.shape[:-1], (a.m - 1) * a.stride + a.n)
+    index = line.reshape(-1).to(k.device).expand(flat.shape)
+    return out.scatter_reduce(-1, index, flat, how, include_self=False).movedim(-1, o_dim)
+
+
+# -- Rows and columns -------------------------------------------------------------------------------------------------
+
+
+def live_columns(w: torch.Tensor) -> torch.Tensor | None:
+    """Indices of the columns that are not all zero, or None where every column is live."""
+    some = w[torch.arange(0, w.shape[0], max(1, w.shape[0] // _SAMPLES))]
+    suspects = (~some.any(0)).nonzero()[:, 0]
+    if not len(suspects):
+        return None
+    dead = suspects[~w[:, suspects].any(0)]
+    if not len(dead):
+        return None
+    alive = torch.ones(w.shape[1], dtype=torch.bool)
+    alive[dead.cpu()] = False
+    return alive.nonzero()[:, 0]
+
+
+def distinct_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(a representative of each distinct row, which representative each row equals), or None where all differ."""
+    some = w[:, :: max(1, w.shape[1] // 8)]
+    if len(torch.unique(some, dim=0)) == w.shape[0]:
+        return None
+    _, inverse = torch.unique(w, dim=0, return_inverse=True)
+    count = int(inverse.max()) + 1
+    if count == w.shape[0]:
+        return None
+    first = torch.full((count,), w.shape[0], dtype=torch.long)
+    first.scatter_reduce_(0, inverse.cpu(), torch.arange(w.shape[0]), "amin")
+    order = first.argsort()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(count)
+    return first[order], rank[inverse.cpu()]
+
+
+def selection(w: torch.Tensor) -> torch.Tensor | None:
+    """The column that each row selects (a permutation, repeated rows), or None where the matrix is no selection."""
+    s = sample(w)
+    if not len(s.rows) or not bool((s.values == 1).all()):
+        return None
+    if int(w.count_nonzero()) != w.shape[0]:
+        return None
+    where = w.nonzero()
+    if not torch.equal(where[:, 0].cpu(), torch.arange(w.shape[0])) or not bool((w[where[:, 0], where[:, 1]] == 1).all()):
+        return None
+    return where[:, 1].cpu()
+
+
+# -- Rank -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``left @ right`` is the matrix: exactly (to float64 rounding), or within half a unit in the last place of each weight."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    exact: bool
+
+
+def low_rank(w: torch.Tensor, most: int) -> Factors | None:
+    """Two factors of rank at most ``most``, or None."""
+    if most < 1:
+        return None
+    rows, columns = w.shape
+    side = min(most + 1, rows, columns, _RANK_SAMPLE)
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randperm(rows, generator=generator)[:side]
+    c = torch.randperm(columns, generator=generator)[: 2 * side]
+    # All columns count in a narrow sample: sparse matrices hide their rank in few.
+    part = (w[r].double() if columns <= 4 * side else w[r][:, c].double())
+    tolerance = 64 * torch.finfo(w.dtype).eps
+    pivots = torch.linalg.qr(part.T if part.shape[1] > part.shape[0] else part, mode="r").R.diagonal().abs()
+    if side > most and float(pivots.min()) > tolerance * float(pivots.max()):
+        return None
+    if side <= most and side == _RANK_SAMPLE and float(pivots.min()) > tolerance * float(pivots.max()):
+        return None
+    if max(rows, columns) > 16 * _RANK_SAMPLE or min(rows, columns) > 4 * _RANK_SAMPLE:
+        u, s, v = torch.svd_lowrank(w.double(), q=min(most + 8, _RANK_SAMPLE, rows, columns), niter=3)
+        vh = v.T
+    else:
+        u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    spread = float(s[0])
+    for rank in dict.fromkeys((_count(s, 1e-13 * spread), _count(s, tolerance * spread))):
+        if not 0 < rank <= most:
+            continue
+        root = s[:rank].sqrt()
+        left, right = u[:, :rank] * root, vh[:rank] * root[:, None]
+        error = (left @ right - w.double()).abs()
+        if float(error.max()) <= 1e-13 * spread:
+            return Factors(left, right, True)
+        if bool((error <= ulp(w) / 2).all()):
+            return Factors(left, right, False)
+    return None
+
+
+def _count(s: torch.Tensor, threshold: float) -> int:
+    return int((s > threshold).sum())
