@@ -1,7 +1,9 @@
 """Questions to a transformed graph, asked across dialects (ATen, modules, functions, methods).
 
-The library has its own reader of spellings; the tests must not trust it, so this is a second, independent and much smaller one.
-It names the *kind* of each node (`conv`, `linear`, `batch_norm`, `mul`, ...), counts kinds and launches, and finds per-channel
+The library has its own reader of spellings; the tests must not trust it, so this is a second, independent and much
+smaller one.
+It names the *kind* of each node (`conv`, `linear`, `batch_norm`, `mul`, ...), counts kinds and launches, and finds
+per-channel
 affine operations that a neighbouring linear operation should have absorbed.
 """
 
@@ -19,11 +21,12 @@ from torch import fx, nn
 # Every name that a node's target can have, by kind. Modules are named by their class, ATen overloads by their packet.
 _NAMES: dict[str, str] = {
     "conv": "conv1d conv2d conv3d convolution Conv1d Conv2d Conv3d",
-    "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d ConvTranspose1d ConvTranspose2d ConvTranspose3d",
+    "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d ConvTranspose1d ConvTranspose2d "
+    "ConvTranspose3d",
     "linear": "linear Linear",
     "matmul": "matmul mm bmm addmm addbmm baddbmm einsum mv dot tensordot",
-    "batch_norm": "batch_norm native_batch_norm native_batch_norm_legit native_batch_norm_legit_no_training cudnn_batch_norm "
-    "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
+    "batch_norm": "batch_norm native_batch_norm native_batch_norm_legit native_batch_norm_legit_no_training "
+    "cudnn_batch_norm BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
     "add": "add iadd",
     "sub": "sub isub rsub subtract",
     "mul": "mul imul multiply",
@@ -35,19 +38,19 @@ _NAMES: dict[str, str] = {
     "AdaptiveAvgPool3d",
     "max_pool": "max_pool1d max_pool2d max_pool3d MaxPool1d MaxPool2d MaxPool3d max_pool2d_with_indices",
     "interpolate": "interpolate upsample upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
-    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d upsample_nearest_exact1d upsample_nearest_exact2d Upsample "
-    "UpsamplingNearest2d UpsamplingBilinear2d",
-    "pad": "pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d circular_pad ZeroPad1d ZeroPad2d ZeroPad3d "
-    "ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad2d ReplicationPad2d CircularPad2d",
+    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d upsample_nearest_exact1d "
+    "upsample_nearest_exact2d Upsample UpsamplingNearest2d UpsamplingBilinear2d",
+    "pad": "pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d circular_pad ZeroPad1d ZeroPad2d "
+    "ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad2d ReplicationPad2d CircularPad2d",
     "cat": "cat concat concatenate stack hstack vstack",
     "split": "split chunk split_with_sizes tensor_split unbind unsafe_split unsafe_chunk",
     "slice": "slice narrow select getitem index_select take slice_scatter select_scatter index",
     "permute": "permute transpose t movedim moveaxis swapaxes swapdims adjoint",
-    "reshape": "view reshape flatten unflatten squeeze unsqueeze unsafe_view expand expand_as view_as reshape_as Flatten Unflatten "
-    "broadcast_to",
+    "reshape": "view reshape flatten unflatten squeeze unsqueeze unsafe_view expand expand_as view_as reshape_as "
+    "Flatten Unflatten broadcast_to",
     "copy": "contiguous clone copy",
-    "identity": "dropout Dropout Dropout1d Dropout2d Dropout3d Identity feature_dropout alpha_dropout StochasticDepth DropPath "
-    "native_dropout dropout1d dropout2d dropout3d detach alias lift_fresh_copy",
+    "identity": "dropout Dropout Dropout1d Dropout2d Dropout3d Identity feature_dropout alpha_dropout StochasticDepth "
+    "DropPath native_dropout dropout1d dropout2d dropout3d detach alias lift_fresh_copy",
     "pixel_shuffle": "pixel_shuffle pixel_unshuffle PixelShuffle PixelUnshuffle",
     "channel_shuffle": "channel_shuffle native_channel_shuffle ChannelShuffle",
     "relu": "relu ReLU",
@@ -61,13 +64,15 @@ FREE = frozenset({"permute", "reshape", "split", "slice", "identity"})  # no lau
 def graph_of(result: Any) -> fx.GraphModule:
     """The GraphModule of a result: itself, or an ExportedProgram's plain module."""
     if isinstance(result, torch.export.ExportedProgram):
-        return result.module(check_guards=False)  # type: ignore[return-value]
+        return result.module(check_guards=False)
     assert isinstance(result, fx.GraphModule), f"expected a GraphModule, not {type(result)}"
     return result
 
 
 def name_of(node: fx.Node, gm: fx.GraphModule) -> str:
-    """The bare name of what a node calls: `Conv2d`, `conv2d`, `view`, without namespace, overload and in-place underscore."""
+    """The bare name of what a node calls: `Conv2d`, `conv2d`, `view`, without namespace, overload and in-place
+    underscore.
+    """
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         for cls in type(
@@ -87,7 +92,9 @@ _CONSTANTS: WeakKeyDictionary[fx.Graph, frozenset[fx.Node]] = WeakKeyDictionary(
 
 
 def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes that depend on parameters and buffers only; found in one pass, since networks are deeper than Python's stack."""
+    """Nodes that depend on parameters and buffers only; found in one pass, since networks are deeper than Python's
+    stack.
+    """
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -124,7 +131,9 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def kind_of(node: fx.Node, gm: fx.GraphModule) -> str:
-    """The kind of a node; the bare name for what has no kind (`sigmoid`, `layer_norm`), "" for what computes no tensor."""
+    """The kind of a node; the bare name for what has no kind (`sigmoid`, `layer_norm`), "" for what computes no
+    tensor.
+    """
     if node.op in ("placeholder", "output", "get_attr") or not is_tensor(node):
         return ""
     name = name_of(node, gm)
@@ -218,20 +227,22 @@ class _Reader:
             elif node.op == "call_method":
                 out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                out = node.target(*args, **kwargs)  # type: ignore[operator]
+                out = node.target(*args, **kwargs)
         except (RuntimeError, TypeError, AttributeError):
             return None
         return out if isinstance(out, torch.Tensor) else None
 
     def per_channel(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor] | None:
-        """(input, what is added or multiplied, broadcast to the input's shape) of a per-channel affine node, else None."""
+        """(input, what is added or multiplied, broadcast to the input's shape) of a per-channel affine node, else
+        None.
+        """
         kind = self.kind(node)
         if kind == "batch_norm" and isinstance(node.args[0], fx.Node) and node.args[0] in self.run.shapes:
             shape = self.run.shapes[node.args[0]]
             return node.args[0], torch.arange(shape[1]).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
         if kind == "conv" and _pointwise_depthwise(node, self.gm) and node.args[0] in self.run.shapes:
-            shape = self.run.shapes[node.args[0]]  # type: ignore[index]
-            return node.args[0], torch.arange(shape[1]).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)  # type: ignore[return-value]
+            shape = self.run.shapes[node.args[0]]
+            return node.args[0], torch.arange(shape[1]).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
         if kind not in ("add", "sub", "mul", "div") or len(node.args) < 2:
             return None
         for x, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
@@ -262,14 +273,14 @@ class _Reader:
         )
         for view in reversed(chain):
             assert tags is not None
-            tags = self.through(view, view.args[0], tags)  # type: ignore[arg-type]
+            tags = self.through(view, view.args[0], tags)
             if tags is None:
                 return False
         pairs = torch.stack([tags.flatten().double(), value.flatten().double()])
         return len(torch.unique(pairs, dim=1)[0]) == len(torch.unique(tags))  # one value per output channel
 
     def absorbed_by_consumers(self, node: fx.Node, value: torch.Tensor) -> bool:
-        """Whether every consumer is an unpadded convolution or a Linear that contracts the axis `value` varies along."""
+        """Whether every consumer is an unpadded convolution, or a Linear along the axis that `value` varies on."""
         users = self.users(node)
         if not users:
             return False
@@ -298,7 +309,7 @@ def _pointwise_depthwise(node: fx.Node, gm: fx.GraphModule) -> bool:
         module = gm.get_submodule(str(node.target))
         weight, stride, groups = module.weight, module.stride, module.groups
     else:
-        weight = fx.node.map_arg(node.args[1], lambda n: _get_attr(gm, n))  # type: ignore[assignment]
+        weight = fx.node.map_arg(node.args[1], lambda n: _get_attr(gm, n))
         stride = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
         place = 8 if "onvolution" in name_of(node, gm) else 6
         groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
@@ -319,7 +330,7 @@ def _padded(node: fx.Node, gm: fx.GraphModule) -> bool:
         padding = node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
     if isinstance(padding, str):
         return padding != "valid"
-    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)  # type: ignore[arg-type]
+    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
 
 
 def absorbable_affines(result: Any, args: tuple[Any, ...]) -> list[str]:
@@ -344,7 +355,7 @@ def absorbable_affines(result: Any, args: tuple[Any, ...]) -> list[str]:
 
 
 def channel_affines(result: Any, args: tuple[Any, ...]) -> list[str]:
-    """Every BatchNorm and every mul/add/sub/div with a stored *vector*: BatchNorm in any spelling, absorbable or not."""
+    """Every BatchNorm, and every mul, add, sub or div with a stored vector: absorbable or not."""
     gm = graph_of(result)
     reader = _Reader(gm, args)
     found = []

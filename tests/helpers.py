@@ -30,12 +30,15 @@ Args = tuple[Any, ...]
 def randomise(model: nn.Module, seed: int = 0, gain: float = 1.5) -> nn.Module:
     """Randomise EVERY parameter and buffer of `model`, in place; returns it in eval mode.
 
-    BatchNorm: mean ~ N(0, .3), var ~ U(.5, 2), weight ~ U(.5, 1.5), bias ~ N(0, .3); the affine of other norms likewise; biases
+    BatchNorm: mean ~ N(0, .3), var ~ U(.5, 2), weight ~ U(.5, 1.5), bias ~ N(0, .3); the affine of other norms
+    likewise; biases
     ~ N(0, .3); LayerScale and other per-channel scales ~ U(.5, 1.5); tokens and position tables ~ N(0, .3); weights ~
-    N(0, gain / fan_in), so that the activations of deep networks stay finite and of ordinary size. No parameter keeps its initial
+    N(0, gain / fan_in), so that the activations of deep networks stay finite and of ordinary size. No parameter keeps
+    its initial
     value: a zero-initialised head or a LayerScale of 1e-6 would hide any mistake upstream of it.
 
-    Floating buffers that are no statistics (masks, blur kernels) are scaled by U(.9, 1.1): their zeros and infinities mean something.
+    Floating buffers that are no statistics (masks, blur kernels) are scaled by U(.9, 1.1): their zeros and infinities
+    mean something.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -83,24 +86,26 @@ def _random_parameter(
     if (
         transposed
     ):  # (C_in, C_out / groups, *k): C_in / groups channels, of each the taps that reach one output position
-        fan_in = p.shape[0] // module.groups * math.prod(p.shape[2:]) // math.prod(module.stride)  # type: ignore[arg-type]
+        fan_in = p.shape[0] // module.groups * math.prod(p.shape[2:]) // math.prod(module.stride)
     return normal(p, math.sqrt(gain / max(fan_in, 1)))
 
 
 def settle(model: nn.Module, *args: Any) -> nn.Module:
-    """Rescale each convolution's and Linear's weight, in execution order, so that what it adds to its bias has a deviation of 1.
+    """Rescale each convolution's and Linear's weight, in execution order, so that what it adds to its bias has a
+    deviation of 1.
 
-    Networks that sum many branches per block would otherwise reach 1e14, where biases drown and nothing can be seen of them.
+    Networks that sum many branches per block would otherwise reach 1e14, where biases drown and nothing can be seen
+    of them.
     """
 
     def rescale(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         bias = module.bias
-        shape = [1, -1, *[1] * (output.ndim - 2)] if module.weight.ndim > 2 else [-1]  # type: ignore[union-attr, operator]
+        shape = [1, -1, *[1] * (output.ndim - 2)] if module.weight.ndim > 2 else [-1]
         shift = bias.view(shape) if isinstance(bias, Tensor) else 0.0
         scale = (output - shift).std()
         if not scale > 0:
             return output
-        module.weight.div_(scale)  # type: ignore[operator, union-attr]
+        module.weight.div_(scale)
         return (output - shift) / scale + shift
 
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
@@ -145,7 +150,7 @@ def other_sizes(args: Any, seed: int = 2) -> Iterator[Any]:
     ndim = max(t.ndim for t in tensors)
     yield _redraw(args, lambda t: [n * 2 if d >= 2 else n for d, n in enumerate(t.shape)], seed)
     for dim in range(1, ndim):
-        yield _redraw(args, lambda t, dim=dim: [n * 2 if d == dim else n for d, n in enumerate(t.shape)], seed)  # type: ignore[misc]
+        yield _redraw(args, lambda t, dim=dim: [n * 2 if d == dim else n for d, n in enumerate(t.shape)], seed)
     yield _redraw(args, lambda t: [n + d if d >= 2 else n for d, n in enumerate(t.shape)], seed)
 
 
@@ -157,7 +162,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """Largest difference over the largest magnitude wanted, the worst over all outputs; infinite where structure or shape differ."""
+    """Largest difference over the largest magnitude wanted, the worst over all outputs; infinite where structure or
+    shape differ.
+    """
     got_leaves, got_spec = tree_flatten(got)
     want_leaves, want_spec = tree_flatten(want)
     if got_spec != want_spec:
@@ -309,12 +316,15 @@ def check(
     """Transform `model` in float64 and assert everything that must hold for every model.
 
     - the original is unchanged, and the tensors that the result kept are the original's own;
-    - the result is verified, nothing was rolled back (a rollback hides a wrong law), and it agrees to `tol` (relative) on `args`, on new values at each of `batches`, and with `sizes` at other
+    - the result is verified, nothing was rolled back (a rollback hides a wrong law), and it agrees to `tol`
+      (relative) on `args`, on new values at each of `batches`, and with `sizes` at other
       sizes, wherever the original itself accepts them;
     - multiply-adds: never above the original's (unless `more_macs`), at most `max_macs_ratio` of them;
-    - `ops`: exact counts of kinds of nodes (see graphs.kinds; "conv+linear" is a sum); `at_most`: upper bounds; `max_launches`: on all;
+    - `ops`: exact counts of kinds of nodes (see graphs.kinds; "conv+linear" is a sum); `at_most`: upper bounds;
+      `max_launches`: on all;
     - `before`: every node of the first kind ("conv|linear": either) comes before every one of the second;
-    - `refused`: a pattern that some remark must match; `laws`: a pattern that the law of some applied rewrite must match.
+    - `refused`: a pattern that some remark must match; `laws`: a pattern that the law of some applied rewrite must
+      match.
 
     `options` are handed to `fxconv.transform`. `prepare=False` leaves the model as it is (dtype, mode).
     """

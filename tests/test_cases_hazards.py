@@ -37,7 +37,7 @@ def net(bias: bool = True, act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# --- W8: hooks and parametrised weights --------------------------------------------------------------------------------
+# --- W8: hooks and parametrised weights -----------------------------------------------------------------------------
 
 
 def _scale_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ HOOKS: dict[str, Callable[[nn.Sequential], Any]] = {
 @pytest.mark.parametrize("where", HOOKS)
 def test_W8_hook_that_changes_values(where: str, capture: str) -> None:
     model = randomise(net())
-    HOOKS[where](model)  # type: ignore[arg-type]
+    HOOKS[where](model)
     if capture == "symbolic" and "container" in where:  # fx never calls the root itself: the hook is kept, or named
         try:
             check(model, draw(X), capture=capture)
@@ -80,7 +80,7 @@ def test_W8_hook_that_changes_values(where: str, capture: str) -> None:
 @both_captures
 def test_W8_hook_that_only_watches_is_kept_or_reported(capture: str) -> None:
     model, seen = randomise(net()), []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))  # type: ignore[index, operator]
+    model[0].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     out = check(model, draw(X), capture=capture)
     seen.clear()
     run(out.result, (draw(X),))
@@ -128,7 +128,7 @@ def test_W8_parametrised_weights(how: str, capture: str) -> None:
     check(model, draw(X), capture=capture)
 
 
-# --- W9: modes ---------------------------------------------------------------------------------------------------------
+# --- W9: modes ------------------------------------------------------------------------------------------------------
 
 
 @both_captures
@@ -157,7 +157,7 @@ def test_W9_batch_norm_without_running_statistics(capture: str) -> None:
     check(model, draw(X), capture=capture, ops={"conv": 2}, refused="batch|statistic|running")
 
 
-# --- W17: subclasses with a forward of their own -----------------------------------------------------------------------
+# --- W17: subclasses with a forward of their own --------------------------------------------------------------------
 
 
 class StandardisedConv(nn.Conv2d):
@@ -250,7 +250,7 @@ def test_W17_subclass_as_a_leaf_of_the_callers_own_trace() -> None:
         check(fx.GraphModule(model, Tracer().trace(model)), draw(X))
 
 
-# --- W18: names --------------------------------------------------------------------------------------------------------
+# --- W18: names -----------------------------------------------------------------------------------------------------
 
 
 @both_captures
@@ -285,7 +285,7 @@ def test_W18_new_names_do_not_shadow_old_ones(capture: str) -> None:
     check(randomise(Taken()), draw(X), capture=capture)
 
 
-# --- W21: mutation -----------------------------------------------------------------------------------------------------
+# --- W21: mutation --------------------------------------------------------------------------------------------------
 
 
 class InPlace(nn.Module):
@@ -386,7 +386,7 @@ def test_W21_writes_to_the_input_reach_the_caller(capture: str) -> None:
     assert torch.equal(mine, theirs), "the original doubles its input, the result must too"
 
 
-# --- W23: half precision -----------------------------------------------------------------------------------------------
+# --- W23: half precision --------------------------------------------------------------------------------------------
 
 
 def _extreme(variance: float, gamma: float) -> nn.Module:
@@ -394,10 +394,10 @@ def _extreme(variance: float, gamma: float) -> nn.Module:
         nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
     )
     with torch.no_grad():
-        model[1].running_var[::3] = variance  # type: ignore[index, union-attr, operator]
-        model[1].weight[::3] = gamma  # type: ignore[index, union-attr, operator]
-        model[1].running_mean[::3] = 0  # type: ignore[index, union-attr, operator]
-        model[0].weight[::3] *= max(variance, 1e-5) ** 0.5  # type: ignore[index, union-attr, operator]
+        model[1].running_var[::3] = variance
+        model[1].weight[::3] = gamma
+        model[1].running_mean[::3] = 0
+        model[0].weight[::3] *= max(variance, 1e-5) ** 0.5
     return model
 
 
@@ -421,14 +421,14 @@ def test_W23_weights_that_overflow_half_are_refused_with_the_reason() -> None:
     """gamma / sigma = 40,000 / .003: the folded weight exceeds 65,504."""
     model = randomise(nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)))
     with torch.no_grad():
-        model[1].running_var.fill_(1e-8)  # type: ignore[index, union-attr, operator]
-        model[1].weight.fill_(40000.0)  # type: ignore[index, union-attr, operator]
+        model[1].running_var.fill_(1e-8)
+        model[1].weight.fill_(40000.0)
     result = fxconv.transform(model.half(), draw((2, 16, 5, 7), dtype=torch.float16) * 1e-6)
     assert all(p.isfinite().all() for p in result.parameters())
     assert kinds(result)["batch_norm"] == 1 and said(result, "overflow|float16|65504|65,504|range|finite")
 
 
-# --- W24: tensors that are no plain floats -----------------------------------------------------------------------------
+# --- W24: tensors that are no plain floats --------------------------------------------------------------------------
 
 
 def refuses_or_agrees(model: nn.Module, args: tuple[Any, ...], reason: str, tol: float = 1e-5, **options: Any) -> None:
@@ -459,7 +459,7 @@ def test_W24_observed(capture: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = net().eval()
-        model.qconfig = torch.ao.quantization.get_default_qconfig("x86")  # type: ignore[assignment]
+        model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
         observed = torch.ao.quantization.prepare(model)
         x = draw(X, dtype=torch.float32)
         observed(x)
@@ -481,7 +481,7 @@ def test_W24_sparse(capture: str) -> None:
             self.fc = nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(torch.sparse.mm(self.w, x.t()).t())  # type: ignore[arg-type]
+            return self.fc(torch.sparse.mm(self.w, x.t()).t())
 
     refuses_or_agrees(Sparse().eval(), (draw((2, 8), dtype=torch.float32),), "sparse", capture=capture)
 
@@ -537,7 +537,7 @@ def test_W24_autocast_region() -> None:
     refuses_or_agrees(randomise(Cast()), (draw((2, 8), dtype=torch.float32),), "autocast|bfloat16|dtype", tol=0.05)
 
 
-# --- W25: nothing to do is nothing done --------------------------------------------------------------------------------
+# --- W25: nothing to do is nothing done -----------------------------------------------------------------------------
 
 IDEMPOTENT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "net": (net, X),
@@ -580,7 +580,7 @@ def test_W25_deterministic() -> None:
         assert torch.equal(a, b)
 
 
-# --- W26: metadata -----------------------------------------------------------------------------------------------------
+# --- W26: metadata --------------------------------------------------------------------------------------------------
 
 
 def test_W26_new_nodes_have_metadata() -> None:
@@ -594,7 +594,7 @@ def test_W26_new_nodes_have_metadata() -> None:
     assert shapes == [(8,), (8,), (5,)]
 
 
-# --- W27: dynamic sizes ------------------------------------------------------------------------------------------------
+# --- W27: dynamic sizes ---------------------------------------------------------------------------------------------
 
 
 @both_captures
@@ -624,7 +624,7 @@ def test_W27_exported_program_keeps_its_symbols() -> None:
     assert fxconv.report(result).verified
 
 
-# --- W28: the caller's model -------------------------------------------------------------------------------------------
+# --- W28: the caller's model ----------------------------------------------------------------------------------------
 
 
 @both_captures
@@ -632,7 +632,7 @@ def test_W28_module_is_untouched(capture: str) -> None:
     model = randomise(net()).double()
     model[0].register_forward_hook(_scale_output)
     model[3].weight.requires_grad_(False)
-    model.note = {"kept": 1}  # type: ignore[assignment]
+    model.note = {"kept": 1}
     before, want = Snapshot(model), run(model, (draw(X),))
     result = fxconv.transform(model, draw(X), capture=capture)
     with torch.no_grad():  # writing into what the rewrite made must not reach the original

@@ -46,7 +46,9 @@ def test_B2_depthwise_and_pointwise_stay_apart(spelling: str, capture: str, firs
 @every_spelling
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "with_norms"])
 def test_B3_linear_bottleneck_stays(spelling: str, capture: str, norms: bool) -> None:
-    """MobileNetV2: project 96 -> 16, expand 16 -> 96 (3,072 multiply-adds for 9,216), with the norms folded all the same."""
+    """MobileNetV2: project 96 -> 16, expand 16 -> 96 (3,072 multiply-adds for 9,216), with the norms folded all the
+    same.
+    """
     layers: dict[str, Any] = {
         "project": nn.Conv2d(96, 16, 1, bias=not norms),
         "expand": nn.Conv2d(16, 96, 1, bias=not norms),
@@ -86,7 +88,9 @@ def test_B6_conv_flatten_linear_on_a_large_map_stays(spelling: str, capture: str
 
 
 def test_B6_fewer_multiply_adds_but_many_more_weights() -> None:
-    """The merged Linear reads 1,228,800 numbers per image where conv and Linear read 41,848, for a tenth fewer multiply-adds."""
+    """The merged Linear reads 1,228,800 numbers per image where conv and Linear read 41,848, for a tenth fewer
+    multiply-adds.
+    """
     layers = {"conv": nn.Conv2d(3, 8, 3, 4, padding=1), "fc": nn.Linear(8 * 32 * 32, 5)}
     model = randomise(build(layers, lambda s, x: s.fc(s.flatten(s.conv(x), 1)), 1))
     before = n_params(model)
@@ -107,7 +111,9 @@ def test_B7_siblings_stay_where_the_split_costs_a_copy_each(batch: int) -> None:
 
 
 def test_B7_no_more_launches_than_before() -> None:
-    """Siblings whose consumers need contiguous values: the launches after must not exceed those before, copies included."""
+    """Siblings whose consumers need contiguous values: the launches after must not exceed those before, copies
+    included.
+    """
     layers: dict[str, Any] = {n: nn.Linear(24, 24) for n in "qkv"}
 
     def program(s: Any, x: Tensor) -> Tensor:
@@ -120,7 +126,9 @@ def test_B7_no_more_launches_than_before() -> None:
 
 @pytest.mark.parametrize("objective", ["latency", "params", "macs"])
 def test_B8_shared_weight_is_not_copied_into_each_user(objective: str) -> None:
-    """One head on five pyramid levels, a scale of its own for each (FCOS): five copies of the weight to save five scales."""
+    """One head on five pyramid levels, a scale of its own for each (FCOS): five copies of the weight to save five
+    scales.
+    """
 
     class Head(nn.Module):
         def __init__(self) -> None:

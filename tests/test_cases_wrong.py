@@ -1,6 +1,7 @@
 """CASES.md, wrong results, the algebra: every row that a law or the lifting could get wrong, named with its row.
 
-Each agrees with the original in float64, or is refused with the reason. Rows that concern the model object (hooks, modes, sharing,
+Each agrees with the original in float64, or is refused with the reason. Rows that concern the model object (hooks,
+modes, sharing,
 mutation, dtypes, metadata) are in test_cases_hazards.py.
 """
 
@@ -31,7 +32,7 @@ def buffer(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(7)) + 0.5
 
 
-# --- W1, W5: BatchNorm into convolutions -------------------------------------------------------------------------------
+# --- W1, W5: BatchNorm into convolutions ----------------------------------------------------------------------------
 
 
 @every_spelling
@@ -60,7 +61,7 @@ def test_W5_bias_is_scaled_and_affine_false_is_one_and_zero(
     try_out((layers, lambda s, x: s.norm(s.conv(x))), (2, 6, 7, 9), spelling=spelling, capture=capture, **only(conv=1))
 
 
-# --- W2, W11, W19: constants that broadcast along another axis ---------------------------------------------------------
+# --- W2, W11, W19: constants that broadcast along another axis ------------------------------------------------------
 
 OPERATORS = {
     "add": lambda a, b: a + b,
@@ -113,7 +114,7 @@ def test_W19_linear_of_one_feature_plus_a_vector(capture: str) -> None:
     try_out((layers, lambda s, x: s.fc(x) + s.c), (2, 6), capture=capture)
 
 
-# --- W3, W12: keywords, and the order of operands ----------------------------------------------------------------------
+# --- W3, W12: keywords, and the order of operands -------------------------------------------------------------------
 
 SCALED = {
     "add": lambda s, x: torch.add(s.conv(x), s.c, alpha=2),
@@ -179,7 +180,7 @@ def test_W12_constant_over_conv_is_not_affine(capture: str, numerator: str) -> N
     try_out(made, (2, 6, 6, 6), capture=capture, ops={"conv": 2})
 
 
-# --- W4, W10: a norm on another axis than it seems ---------------------------------------------------------------------
+# --- W4, W10: a norm on another axis than it seems ------------------------------------------------------------------
 
 
 @every_spelling
@@ -209,7 +210,7 @@ def test_W10_matmul_layout_batch_norm_with_equal_sizes(spelling: str, capture: s
     try_out((layers, program), (2, 8, 8), spelling=spelling, capture=capture, sizes=False)
 
 
-# --- W6, W7: one layer, several uses -----------------------------------------------------------------------------------
+# --- W6, W7: one layer, several uses --------------------------------------------------------------------------------
 
 
 @every_spelling
@@ -264,7 +265,7 @@ def test_W7_second_consumer_of_the_conv(spelling: str, capture: str, second: str
         assert out.kinds["conv"] == 1 and not out.kinds["batch_norm"] + out.kinds["mul"] + out.kinds["add"]
 
 
-# --- W13: padding that is not zero, and zero padding of something that is not linear -----------------------------------
+# --- W13: padding that is not zero, and zero padding of something that is not linear --------------------------------
 
 
 @both_captures
@@ -290,7 +291,7 @@ def test_W13_negative_infinity_pad_then_max_pool(capture: str) -> None:
     try_out(made, (2, 6, 7, 9), capture=capture)
 
 
-# --- W14: groups and concatenations ------------------------------------------------------------------------------------
+# --- W14: groups and concatenations ---------------------------------------------------------------------------------
 
 
 @every_spelling
@@ -329,7 +330,7 @@ def test_W14_concatenation_into_a_grouped_convolution() -> None:
     try_out((layers, lambda s, x: s.out(s.cat([s.a(x), s.b(x)]))), (2, 6, 6, 6))
 
 
-# --- W15, W16: what padding sees ---------------------------------------------------------------------------------------
+# --- W15, W16: what padding sees ------------------------------------------------------------------------------------
 
 
 @every_spelling
@@ -368,7 +369,9 @@ def test_W15_pure_scale_before_padded_is_absorbed(spelling: str, capture: str) -
 @every_spelling
 @pytest.mark.parametrize("bias", [True, False])
 def test_W16_padded_after_padded(spelling: str, capture: str, bias: bool) -> None:
-    """5x5 on 4 channels for two 3x3 through 64 would pay (400 for 4,608), and is wrong at the border even without bias."""
+    """5x5 on 4 channels for two 3x3 through 64 would pay (400 for 4,608), and is wrong at the border even without
+    bias.
+    """
     layers = {"a": nn.Conv2d(4, 64, 3, padding=1, bias=bias), "b": nn.Conv2d(64, 4, 3, padding=1)}
     made = (layers, lambda s, x: s.b(s.a(x)))
     try_out(made, (2, 4, 7, 9), spelling=spelling, capture=capture, ops={"conv": 2}, refused=BORDER)
@@ -381,7 +384,7 @@ def test_W16_padded_before_unpadded_does_merge(spelling: str, capture: str) -> N
     try_out(made, (2, 4, 7, 9), spelling=spelling, capture=capture, max_macs_ratio=0.1, **only(conv=1))
 
 
-# --- W20: options of convolutions and pools ----------------------------------------------------------------------------
+# --- W20: options of convolutions and pools -------------------------------------------------------------------------
 
 POOLS = {
     "ceil": nn.AvgPool2d(3, 2, ceil_mode=True),
@@ -439,7 +442,7 @@ def test_W20_output_padding(capture: str, kernel: int, stride: int, padding: int
     try_out(made, (2, 6, 5, 7), capture=capture, **only(conv_transpose=1))
 
 
-# --- W22: reshapes that mix axes ---------------------------------------------------------------------------------------
+# --- W22: reshapes that mix axes ------------------------------------------------------------------------------------
 
 RESHAPES: dict[str, Any] = {
     "flatten_0": (lambda s, x: torch.flatten(s.conv(x)) * 2, None),

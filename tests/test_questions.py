@@ -22,7 +22,7 @@ def only_weight(result: Any, *shape: int) -> Tensor:
     return tensors[0]
 
 
-# --- 1: Linear on (N, 1, 100) as a Conv1d ------------------------------------------------------------------------------
+# --- 1: Linear on (N, 1, 100) as a Conv1d ---------------------------------------------------------------------------
 
 
 class LinearOneOutput(nn.Module):
@@ -56,11 +56,11 @@ def test_Q1_linear_is_a_conv1d_of_kernel_100(make: type[nn.Module], batch: int) 
         sizes=False,
         ops={"conv": 1, "linear": 0, "matmul": 0},
     )
-    outputs = model.linear.out_features  # type: ignore[union-attr]
+    outputs = model.linear.out_features
     weight = only_weight(out.result, outputs, 1, 100)
-    assert torch.equal(weight[:, 0], model.linear.weight)  # type: ignore[union-attr, index]
+    assert torch.equal(weight[:, 0], model.linear.weight)
     bias = only_weight(out.result, outputs)
-    assert torch.equal(bias, model.linear.bias)  # type: ignore[union-attr]
+    assert torch.equal(bias, model.linear.bias)
 
 
 def test_Q1_more_than_one_output_costs_the_same_multiply_adds() -> None:
@@ -76,7 +76,7 @@ def test_Q1_more_than_one_output_costs_the_same_multiply_adds() -> None:
         assert out.macs_after == out.macs_before == 2 * 100 * outputs
 
 
-# --- 2: the common attempt that is something else ----------------------------------------------------------------------
+# --- 2: the common attempt that is something else -------------------------------------------------------------------
 
 
 def test_Q2_small_kernel_is_another_function() -> None:
@@ -109,7 +109,7 @@ def test_Q2_verify_agrees_where_models_agree() -> None:
     assert fxconv.verify(model, fxconv.transform(model, torch.randn(2, 1, 100), target="conv"), torch.randn(2, 1, 100))
 
 
-# --- 3: 28 x 28 images -------------------------------------------------------------------------------------------------
+# --- 3: 28 x 28 images ----------------------------------------------------------------------------------------------
 
 
 class Mnist(nn.Module):
@@ -129,7 +129,7 @@ def test_Q3_linear_784_through_a_view() -> None:
     out = check(model, draw((1, 1, 28, 28)), target="conv", batches=(1,), sizes=False, ops={"conv": 1, "linear": 0})
     weight = next(p for p in out.result.parameters() if p.numel() == 7840)
     assert tuple(weight.shape) in ((10, 1, 784), (10, 1, 28, 28), (10, 784, 1))
-    assert torch.equal(weight.reshape(10, 784), model.linear.weight)  # type: ignore[union-attr]
+    assert torch.equal(weight.reshape(10, 784), model.linear.weight)
 
 
 @pytest.mark.parametrize("target", ["conv", "conv2d"])
@@ -137,12 +137,12 @@ def test_Q3_linear_784_on_a_batch_of_images(target: str) -> None:
     model = randomise(Mnist(flat=False))
     out = check(model, draw((2, 1, 28, 28)), target=target, sizes=False, ops={"conv": 1, "linear": 0, "matmul": 0})
     weight = next(p for p in out.result.parameters() if p.numel() == 7840)
-    assert torch.equal(weight.reshape(10, 784), model.linear.weight)  # type: ignore[union-attr]
+    assert torch.equal(weight.reshape(10, 784), model.linear.weight)
     if target == "conv2d":
         assert weight.ndim == 4
 
 
-# --- 4: conv, squeeze, linear ------------------------------------------------------------------------------------------
+# --- 4: conv, squeeze, linear ---------------------------------------------------------------------------------------
 
 
 class ConvSqueezeLinear(nn.Module):
@@ -169,7 +169,7 @@ def test_Q4_conv_squeeze_linear_is_one_op(channels: int, bias: bool, capture: st
         draw((2, channels, 4, 4)),
         capture=capture,
         batches=(1, 2, 7),
-        sizes=False,  # a bare squeeze() on 4 x 4 fixes the size: at 8 x 8 it removes nothing, and the Linear takes the width
+        sizes=False,  # a bare squeeze() fixes the size: at 8 x 8 it removes nothing, and the Linear takes the width
         ops={"conv+linear": 1, "add": 0},
     )
     assert said(out.result, "squeeze")
@@ -183,14 +183,14 @@ def test_Q4_sigmoid_in_between_is_named(capture: str) -> None:
     check(model, draw((2, 3, 4, 4)), capture=capture, batches=(1, 2, 7), sizes=False, **expect)
 
 
-# --- 5: flatten -> Linear and the full-kernel convolution --------------------------------------------------------------
+# --- 5: flatten -> Linear and the full-kernel convolution -----------------------------------------------------------
 
 
 def test_Q5_flatten_linear_is_a_full_kernel_convolution() -> None:
     model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(6 * 5 * 7, 10)))
     out = check(model, draw((2, 6, 5, 7)), target="conv", sizes=False, ops={"conv": 1, "linear": 0, "matmul": 0})
     weight = only_weight(out.result, 10, 6, 5, 7)
-    assert torch.equal(weight.flatten(1), model[1].weight)  # type: ignore[index, union-attr]
+    assert torch.equal(weight.flatten(1), model[1].weight)
 
 
 def test_Q5_full_kernel_convolution_is_a_flatten_linear() -> None:
@@ -201,7 +201,7 @@ def test_Q5_full_kernel_convolution_is_a_flatten_linear() -> None:
         model, draw((2, 6, 5, 7)), target="linear", dynamic_shapes=fixed, sizes=False, ops={"conv": 0, "linear": 1}
     )
     assert tuple(run(out.result, (draw((3, 6, 5, 7)),)).shape) == (3, 10, 1, 1)
-    assert torch.equal(only_weight(out.result, 10, 210), model[0].weight.flatten(1))  # type: ignore[index, union-attr, operator]
+    assert torch.equal(only_weight(out.result, 10, 210), model[0].weight.flatten(1))
 
 
 def test_Q5_a_convolution_head_keeps_its_shape_by_default() -> None:
@@ -222,7 +222,7 @@ def test_Q5_the_flatten_order_is_never_wrong(order: tuple[int, ...]) -> None:
     check(randomise(Permuted()), draw((2, 6, 5, 7)), target="conv", ops={"conv": 1, "linear": 0})
 
 
-# --- 6: a convolution as one Linear ------------------------------------------------------------------------------------
+# --- 6: a convolution as one Linear ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,13 +238,13 @@ def test_Q5_the_flatten_order_is_never_wrong(order: tuple[int, ...]) -> None:
     ids=["plain", "padded", "everything", "depthwise", "transposed", "1d"],
 )
 def test_Q6_a_convolution_is_one_linear_on_the_flattened_input(conv: nn.Module) -> None:
-    rank = conv.weight.ndim - 2  # type: ignore[union-attr, operator]
-    c_in = conv.in_channels  # type: ignore[union-attr]
+    rank = conv.weight.ndim - 2
+    c_in = conv.in_channels
     shape = (2, c_in, *(6, 8)[:rank])
     fixed = ({0: torch.export.Dim("n", max=64)},)
     check(
         randomise(nn.Sequential(conv)),
-        draw(shape),  # type: ignore[arg-type]
+        draw(shape),
         target="linear",
         dynamic_shapes=fixed,
         sizes=False,
@@ -268,7 +268,7 @@ def test_Q6_too_large_a_linear_is_refused_with_the_size() -> None:
     )
 
 
-# --- 7: models that end in a softmax -----------------------------------------------------------------------------------
+# --- 7: models that end in a softmax --------------------------------------------------------------------------------
 
 ENDS: dict[str, tuple[nn.Module, str, Any]] = {
     "softmax": (nn.Softmax(dim=1), "CrossEntropyLoss", lambda p, t: F.cross_entropy(p, t.argmax(1))),
@@ -295,7 +295,7 @@ def test_Q7_remark_loss_and_gradients(end: str) -> None:
         gradients.append(x.grad)
     assert relative_error(losses[1], losses[0]) < 1e-12
     assert relative_error(gradients[1], gradients[0]) < 1e-12
-    head = out.original[4].weight.grad  # type: ignore[index, union-attr]
+    head = out.original[4].weight.grad
     matching = [p.grad for p in out.result.parameters() if p.grad is not None and p.shape == head.shape]
     assert matching, "the untouched Linear has no gradient"
 

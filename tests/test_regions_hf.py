@@ -1,4 +1,4 @@
-"""Regions as real libraries write them: peft's adapters, transformers' Llama block and SegFormer head (random, tiny)."""
+"""Regions as real libraries write them: peft's adapters, transformers' Llama block and SegFormer head (random)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def from_embeddings(**expect: Any) -> Outcome:
 
 
 def test_llama_block_norm_weights_go_into_the_projections() -> None:
-    """RMSNorm's weights into Q, K, V and into gate, up; only the last norm, which has no projection after it, keeps its own."""
+    """RMSNorm's weights into Q, K, V and into gate, up; only the last norm, which has no projection after it, keeps
+    its own.
+    """
     out = from_embeddings(at_most={"linear": 7})
     assert absorbable_affines(out.result, out.args) == []
 
@@ -76,17 +78,17 @@ def test_peft_adapters_left_in_the_graph(adapters: int) -> None:
 
     base = randomise(Mlp(), 1)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["up", "down"])
-    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    model = get_peft_model(base, config)
     names = ["default"]
     for i in range(1, adapters):
         names.append(f"extra{i}")
         model.add_adapter(names[-1], LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=["up", "down"]))
-    model.base_model.set_adapter(names)  # type: ignore[operator]
+    model.base_model.set_adapter(names)
     randomise(model, 2).double()
 
     x = draw((2, 5, 32))
     out = check(model, x, ops={"linear": 2, "mul": 0, "identity": 0, "add": 1})
-    merged = model.merge_and_unload(adapter_names=names)  # type: ignore[operator]
+    merged = model.merge_and_unload(adapter_names=names)
     assert relative_error(run(out.result, (x,)), run(merged, (x,))) < 1e-12
     assert out.macs_after == macs(merged, (x,))
 

@@ -1,6 +1,8 @@
-"""Against hand-written re-parameterisation: at most as many convolutions and Linears as timm's own, and no BatchNorm left.
+"""Against hand-written re-parameterisation: at most as many convolutions and Linears as timm's own, and no BatchNorm
+left.
 
-timm's `reparameterize_model` calls the fuse() or reparameterize() that each family's author wrote; fxconv knows none of these models.
+timm's `reparameterize_model` calls the fuse() or reparameterize() that each family's author wrote; fxconv knows none
+of these models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The table of affine regions, continued: work that moves, layouts and constants that are absorbed, concatenations, siblings."""
+"""The table of affine regions, continued: work that moves, layouts and constants that are absorbed, concatenations,
+siblings.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from zoo.spelling import Program, bn, conv
 PARAMETER = nn.Parameter
 
 
-# Sizes are such that multiply-adds decide, not launches: at a few thousand of them one strided convolution would be quicker than
+# Sizes are such that multiply-adds decide, not launches: at a few thousand of them one strided convolution would be
+# quicker than
 # a pool and a pointwise convolution.
 
 # --- work moves to where it is cheap -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Random small models of affine operations (and the odd ReLU), with integer weights.
 
-In float64 every value is a dyadic rational far below 2^53, whatever the order of the operations: an exact rewrite gives results
+In float64 every value is a dyadic rational far below 2^53, whatever the order of the operations: an exact rewrite
+gives results
 that are equal, not merely close, so that algebra and rounding cannot be confused.
 """
 
@@ -186,7 +187,9 @@ def _numbers(op: str, shape: Shape, draw: Any) -> tuple[int, ...] | None:
 
 @st.composite
 def programs(draw: Any, max_steps: int = 6) -> Program:
-    """A connected DAG of 2 to `max_steps` operations; most read the last value, so that chains and diamonds both appear."""
+    """A connected DAG of 2 to `max_steps` operations; most read the last value, so that chains and diamonds both
+    appear.
+    """
     shape: Shape = (
         2,
         draw(st.sampled_from([2, 3, 4])),

@@ -1,7 +1,8 @@
 """The table of affine regions that must reach a stated form: chains and parallel branches.
 
 Each entry gives layers, a program over them (see spelling.py), input shapes, and what must come out (keywords of
-`helpers.check`). `max_macs_ratio` is the share of the original's multiply-adds that may be left, computed by hand in the comment.
+`helpers.check`). `max_macs_ratio` is the share of the original's multiply-adds that may be left, computed by hand in
+the comment.
 Sizes tell the axes apart (C_in != C_out, H != W) unless the row says that it hides them.
 """
 
@@ -22,7 +23,10 @@ ALL = CAPTURES
 ONCE = (("module", "export"),)
 EXPORT = tuple(pair for pair in CAPTURES if pair[1] == "export")
 
-_NOTHING_ELSE = "conv conv_transpose linear matmul batch_norm add sub mul div addcmul avg_pool mean interpolate pad cat identity constant".split()
+_NOTHING_ELSE = (
+    *("conv", "conv_transpose", "linear", "matmul", "batch_norm", "add", "sub", "mul", "div", "addcmul"),
+    *("avg_pool", "mean", "interpolate", "pad", "cat", "identity", "constant"),
+)
 
 
 def only(**counts: int) -> dict[str, Any]:
@@ -71,7 +75,9 @@ def collapsible(rank: int = 2, width: int = 16, hidden: int = 256, out: int = 16
 
 
 def conv3xc() -> Made:
-    """SPAN's Conv3XC: pad the input, 1x1 (with bias, also over the border), 3x3, 1x1; plus a 1x1 skip from the unpadded input."""
+    """SPAN's Conv3XC: pad the input, 1x1 (with bias, also over the border), 3x3, 1x1; plus a 1x1 skip from the
+    unpadded input.
+    """
     layers = {
         "a": nn.Conv2d(12, 24, 1),
         "b": nn.Conv2d(24, 40, 3),
@@ -340,7 +346,7 @@ class BNAndPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bn, p = self.bn, self.pad
-        fill = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps)  # type: ignore[operator]
+        fill = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps)
         fill = fill.view(1, -1, 1, 1)
         if not self.in_place:
             return nn.functional.pad(bn(x) - fill, [p] * 4) + fill

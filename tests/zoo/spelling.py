@@ -1,6 +1,7 @@
 """One region, several spellings.
 
-A region is written once, as `program(s, *inputs)`, against a `Speller`: `s.conv1(x)` runs the layer registered under that name,
+A region is written once, as `program(s, *inputs)`, against a `Speller`: `s.conv1(x)` runs the layer registered under
+that name,
 `s.flatten(x, 1)` a structural operation. What ends up in the graph depends on the spelling:
 
 | spelling | a convolution | BatchNorm | a Linear | flatten |
@@ -8,9 +9,10 @@ A region is written once, as `program(s, *inputs)`, against a `Speller`: `s.conv
 | module | `self.conv1(x)` | `self.bn(x)` | `self.fc(x)` | `nn.Flatten` |
 | functional | `F.conv2d(x, ...)` | `F.batch_norm` | `F.linear` | `torch.flatten` |
 | method | `torch.convolution(...)` | `(x - mean) * scale + beta` | `x.matmul(w.t()).add(b)` | `x.view(x.size(0), -1)` |
-| aten | `aten.convolution.default` | `aten._native_batch_norm_legit_no_training` | `aten.addmm` / `aten.matmul` | `aten.view` |
+| aten | `aten.convolution` | `aten._native_batch_norm_legit_no_training` | `aten.addmm`, `aten.matmul` | `aten.view` |
 
-`build(row, spelling)` makes a module with a plain signature (`forward(self, x)` or `forward(self, x, y)`, ...), as fx and export want.
+`build(row, spelling)` makes a module with a plain signature (`forward(self, x)` or `forward(self, x, y)`, ...), as fx
+and export want.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ class Speller:
 
     def _avgpool(self, m: Any, x: Tensor) -> Tensor:
         op = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[_rank(m)]
-        return op(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)  # type: ignore[operator]
+        return op(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)
 
     # --- structure --------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class Speller:
         dims = list(range(-rank, 0))
         if self._spelling == "functional":
             pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[rank]
-            return torch.flatten(pool(x, 1), 1)  # type: ignore[operator]
+            return torch.flatten(pool(x, 1), 1)
         if self._spelling == "aten":
             return aten.mean.dim(x, dims)
         return x.mean(dims) if self._spelling == "method" else torch.mean(x, dim=dims, keepdim=True).flatten(1)
@@ -210,7 +212,7 @@ class Speller:
         if self._spelling == "aten" and rank == 2:
             return aten.avg_pool2d.default(x, [kernel] * 2, [stride or kernel] * 2, [padding] * 2)
         op = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
-        return op(x, kernel, stride or kernel, padding)  # type: ignore[operator]
+        return op(x, kernel, stride or kernel, padding)
 
     def pad(self, x: Tensor, pads: Sequence[int]) -> Tensor:
         return aten.constant_pad_nd.default(x, list(pads), 0.0) if self._spelling == "aten" else F.pad(x, list(pads))
