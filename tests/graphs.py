@@ -243,6 +243,11 @@ class _Reader:
         if kind == "conv" and _pointwise_depthwise(node, self.gm) and node.args[0] in self.run.shapes:
             shape = self.run.shapes[node.args[0]]
             return node.args[0], torch.arange(shape[1]).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+        if kind == "addcmul" and len(node.args) == 3 and self.constant(node.args[0]) is not None:
+            for x, other in ((node.args[1], node.args[2]), (node.args[2], node.args[1])):
+                value = self.constant(other)
+                if value is not None and x in self.run.shapes and sum(size != 1 for size in value.shape) <= 1:
+                    return x, value.expand(self.run.shapes[x])
         if kind not in ("add", "sub", "mul", "div") or len(node.args) < 2:
             return None
         for x, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
@@ -363,7 +368,7 @@ def channel_affines(result: Any, args: tuple[Any, ...]) -> list[str]:
         affine = reader.per_channel(node)
         if affine is None:
             continue
-        operands = [reader.constant(a) for a in node.args[:2]]
+        operands = [reader.constant(a) for a in node.args[:3]]
         if reader.kind(node) == "batch_norm" or any(o is not None and o.numel() > 1 for o in operands):
             found.append(f"{node.name} ({reader.kind(node)})")
     return found

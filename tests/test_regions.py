@@ -168,7 +168,7 @@ def test_asymmetric_strides_dilations_and_paddings_compose() -> None:
 
 
 def test_patches_then_padded_conv_compose_where_sizes_are_fixed() -> None:
-    """kernel = stride before a padded convolution: exact while the stride divides the size, so only where it is fixed."""
+    """kernel = stride before a padded convolution: exact while the stride divides the size, so only if it is fixed."""
     model = two_convs(2, (2, 2, 0, 1), (3, 1, 1, 1))
     batch_only = ({0: torch.export.Dim("n", max=64)},)
     check(model, (draw((2, 4, 8, 12)),), sizes=False, dynamic_shapes=batch_only, **only(conv=1))
