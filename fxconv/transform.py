@@ -187,7 +187,7 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
     for node in gm.graph.nodes:
         if node in lifter.lifted.ops or _asks_shape(node):
             continue
-        if lifter.lifted.barriers.get(node) == "" and all(u in lifter.lifted.ops for u in node.users):
+        if lifter.lifted.barriers.get(node) == "" and all(u in lifter.lifted.ops or not u.users for u in node.users):
             # split, chunk: their parts are lifted from what they read.
             continue
         for operand in node.all_input_nodes:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fxconv.axes import Size, is_static
+from fxconv.axes import Size, as_size, is_static
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def nearest_filter(scale: int) -> Filter:
 
 def selection_filter(start: int, n_in: Size, n_out: Size, step: int = 1) -> Filter:
     """``x[start::step]`` cut to ``n_out``; a negative start pads with zeros."""
-    diff = n_out * step - n_in
+    diff = as_size(n_out * step - n_in)
     if is_static(diff):
         return Filter(1, step, 1, 1, -start, int(diff))
     # n_out = ⌊(n_in + extent)/step⌋ with an open end: extent follows from the start.
