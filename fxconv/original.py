@@ -40,7 +40,8 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
             kind, macs = "conv_transpose", product([*in_shape, int(weight.shape[1]) * taps])
         else:
             kind, macs = "conv", product([*shape, int(weight.shape[1]) * taps])
-        return [Step(kind, in_shape, shape, constants, {"groups": op.attrs["groups"]}, macs)]
+        attrs = {"groups": op.attrs["groups"], "stride": tuple(op.attrs["stride"])}
+        return [Step(kind, in_shape, shape, constants, attrs, macs)]
     if op.name in ("linear", "matmul", "addmm", "einsum"):
         if not constants:
             return [Step("matmul", in_shape, shape)]
@@ -48,7 +49,9 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
         rows = _contracted_size(weight, in_shape, shape)
         macs = product([*shape, rows]) if rows else 0
         return [Step("linear", in_shape, shape, constants, {}, macs)]
-    if op.name in ("batch_norm", "mul", "div", "neg"):
+    if op.name == "batch_norm":
+        return [Step("batch_norm", in_shape, shape, constants[:2])]
+    if op.name in ("mul", "div", "neg"):
         return [Step("scale", in_shape, shape, constants[:2])]
     if op.name in ("add", "sub"):
         if constants or len(variable) < 2:
