@@ -14,6 +14,7 @@ from fxconv.passes import (
     commute,
     compose,
     distribute,
+    drop_taps,
     flatten_sums,
     homogeneity,
     merge_branches,
@@ -25,6 +26,7 @@ from fxconv.passes import (
 LAWS: tuple[Law, ...] = (
     compose.law,
     distribute.law,
+    drop_taps.law,
     flatten_sums.law,
     merge_branches.law,
     absorb_constants.law,

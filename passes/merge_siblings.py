@@ -167,13 +167,24 @@ def stack(siblings: list[Sibling]) -> Joint:
 
 
 def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
-    own = _with_bias(v)
-    if own is None or _carried(v, context) is not v:
+    if is_selection(v.node) and isinstance(v.node, Map):
+        # Slices of one map leave rows unread, or have further siblings.
+        own = _with_bias(v.node.x)
+        if own is None or v not in [s.value for s in _split(own, context)]:
+            return
+    else:
+        own = _with_bias(v)
+    if own is None or _carried(own.value, context) is not own.value:
         return
     siblings = _siblings(own.map, context)
     mine = [s.value for s in siblings]
     if len(siblings) < 2 or v not in mine or (len(mine) > MOST_PROPOSERS and v not in (mine[0], mine[-1])):
         return
+    merged = own.map if own.value not in mine else None
+    if merged is not None and {s.value for s in _split(own, context)} == set(mine):
+        row = _row(merged)
+        if row is None or sum(_size(s.map, row) for s in siblings) >= _size(merged, row):
+            return
     yield stack(siblings)
     if 2 < len(siblings) <= MOST_PROPOSERS:
         # One of them may be read in a way that makes its slice dear.
