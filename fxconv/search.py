@@ -160,10 +160,12 @@ class Search:
                 out[y] = None
         return list(out)
 
-    def _proposals(self, v: Value) -> list[list[Step]]:
-        """The steps that the laws propose at v; those of a list are taken together."""
+    def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
+        """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
         found: list[list[Step]] = []
         for law in self.laws:
+            if law.late and not late:
+                continue
             for outcome in law(v, self.context):
                 if isinstance(outcome, Refusal):
                     key = (v.id, law.name, outcome.reason)
@@ -188,7 +190,7 @@ class Search:
             if t in state.uses or t in state.originals or not isinstance(t.node, (Map, Sum)):
                 continue
             for law in self.laws:
-                if law.name == "restate":
+                if law.name == "restate" or law.late:
                     continue
                 for outcome in law(t, self.context):
                     if isinstance(outcome, Refusal):
@@ -213,7 +215,7 @@ class Search:
         for x in focus:
             if x not in state.uses or x in state.frozen:
                 continue
-            for steps in self._proposals(x):
+            for steps in self._proposals(x, late=depth == self.budget.depth):
                 if self._trials >= self.budget.trials:
                     break
                 if any(y in state.frozen for y, _, _ in steps):

@@ -24,8 +24,8 @@ from fxconv.law import Context, Joint, Law, Outcome
 from fxconv.refs import make_sum
 from fxconv.window import selection_filter
 
-MOST_PROPOSERS = 6
-"""Among more siblings than this, only the first and the last one propose to merge them: the proposals are all the same."""
+MOST_LEFT_OUT = 4
+"""Up to this many siblings, merging all but one is proposed too: one of them may be read in a way that makes its slice dear."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
         return
     siblings = _siblings(own.map, context)
     mine = [s.value for s in siblings]
-    if len(siblings) < 2 or v not in mine or (len(mine) > MOST_PROPOSERS and v not in (mine[0], mine[-1])):
+    # The proposals of all of them are the same: those of the first and the last one will do, which are looked at before and
+    # after the others have changed.
+    if len(siblings) < 2 or v not in (mine[0], mine[-1]):
         return
     merged = own.map if own.value not in mine else None
     if merged is not None and {s.value for s in _split(own, context)} == set(mine):
@@ -186,8 +188,7 @@ def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
         if row is None or sum(_size(s.map, row) for s in siblings) >= _size(merged, row):
             return
     yield stack(siblings)
-    if 2 < len(siblings) <= MOST_PROPOSERS:
-        # One of them may be read in a way that makes its slice dear.
+    if 2 < len(siblings) <= MOST_LEFT_OUT:
         for left_out in siblings:
             yield stack([s for s in siblings if s is not left_out])
 
