@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, is_static, product
+from fxconv.axes import Size, is_static, product, same
 from fxconv.expr import (
     Const,
     Kept,
+    Leaf,
     Map,
     New,
     Resample,
+    Role,
     Shared,
+    Value,
     View,
     Window,
     axis_positions,
@@ -203,7 +206,7 @@ def plan_map(m: Map, layout: Layout, target: Target, bias: Const | None = None) 
         if special:
             return special
     plans: list[Plan] = []
-    if target.linear:
+    if target.linear and not (target.conv and any(isinstance(r, Window) for r in m.roles)):
         plans += _plan_linear(m, layout, bias)
     if target.conv:
         from fxconv.plan_conv import plan_conv
@@ -537,7 +540,36 @@ def _plan_gather(m: Map, layout: Layout, index: tuple[int, ...]) -> list[Plan]:
 # -- Linear -----------------------------------------------------------------------------------------------------------
 
 
+def _patches(m: Map, layout: Layout) -> tuple[Map, Layout] | None:
+    """A strided convolution of patches that touch (taps = stride) as a Linear on patches: its slots split in two."""
+    windows = {r.src: r for r in m.roles if isinstance(r, Window)}
+    if not windows or any(isinstance(r, (Shared, Resample)) for r in m.roles):
+        return None
+    sizes: list[Size] = []
+    parts: list[tuple[int, ...]] = []
+    for s, n in enumerate(m.x.sizes):
+        split: tuple[Size, ...] = (n,)
+        if s in windows:
+            f, size = windows[s].filter, windows[s].size
+            if (f.up, f.offset, f.dilation) != (1, 0, 1) or f.taps != f.down or not same(size * f.down, n):
+                return None
+            split = (size, f.taps)
+        parts.append(tuple(range(len(sizes), len(sizes) + len(split))))
+        sizes += split
+    roles: list[Role] = [r if isinstance(r, New) else Kept(parts[r.src][0]) for r in m.roles]
+    at = axis_positions(m)
+    taps = {parts[r.src][1]: at[o] for o, r in enumerate(m.roles) if isinstance(r, Window)}
+    columns = {parts[s][0]: len(at) + i for i, s in enumerate(m.contracted)}
+    order = [at[o] for o, r in enumerate(m.roles) if isinstance(r, New)]
+    order += [axis for _, axis in sorted((taps | columns).items())]
+    fine = Map(Value(Leaf("patches", tuple(sizes))), tuple(roles), kernels.permute(m.kernel, order))
+    return fine, tuple(tuple(p for s in g for p in parts[s]) for g in layout)
+
+
 def _plan_linear(m: Map, layout: Layout, bias: Const | None) -> list[Plan]:
+    patches = _patches(m, layout)
+    if patches is not None:
+        m, layout = patches
     if any(not isinstance(r, (Kept, New)) for r in m.roles) or not m.contracted:
         return []
     chain = Chain(m.x.sizes, layout)

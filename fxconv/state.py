@@ -105,7 +105,7 @@ class State:
         if step.kind == "linear":
             return self.target.linear
         if step.kind in ("conv", "conv_transpose"):
-            return len(step.shape) - 2 in self.target.conv or len(step.shape) - 1 in self.target.conv
+            return len(step.weights[0].shape) - 2 in self.target.conv
         return True
 
     # -- questions ----------------------------------------------------------------------------------------------------
@@ -252,6 +252,26 @@ class State:
         for x in before:
             self._drop(x, v, touched)
         self._reprice(touched)
+
+    def retract_impossible(self) -> None:
+        """Restore what the target has no operator for: where there is none either way, the original stays."""
+        again = True
+        while again:  # restoring a value brings others to life
+            again = False
+            for v in [v for v in self.originals if v in self.uses and not self.unchanged(v)]:
+                if v in self.uses and self._impossible(v):
+                    self.restore(v)
+                    again = True
+
+    def _impossible(self, v: Value) -> bool:
+        stack = [v]
+        while stack:
+            x = stack.pop()
+            if x is v or x not in self.originals:
+                if self.prices.get(x, Price()).launches >= IMPOSSIBLE.launches:
+                    return True
+                stack.extend(self.reads(x))
+        return False
 
     def snapshot(self, v: Value) -> tuple[Node, bool]:
         """How v is computed now, for `reinstate`."""

@@ -157,6 +157,7 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     before = state.total
     search = Search(state, _laws(options))
     search.run()
+    state.retract_impossible()
     clock = _lap(timings, "search", clock)
     outcome = Outcome(captured, state, search, _emit(captured, state), before, state.total, timings=timings)
     clock = _lap(timings, "emit", clock)
@@ -174,9 +175,11 @@ def _lap(timings: dict[str, float], name: str, since: float) -> float:
 
 
 def _laws(options: Options) -> list[Law]:
-    from fxconv.passes import LAWS
+    from fxconv.passes import LAWS, densify
 
     laws = list(options.laws) if options.laws is not None else list(LAWS)
+    if options.target == "linear":
+        laws.insert(-1, densify.law)
     options.check_laws([law.name for law in laws])
     return [law for law in laws if options.law_allowed(law.name)]
 
