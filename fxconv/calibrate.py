@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,12 @@ def fit(measured: list[tuple[Step, float]], name: str, block: int = 8) -> Profil
     rows: dict[str, list[tuple[tuple[float, ...], float]]] = {}
     for step, seconds in measured:
         rows.setdefault(blank.kind(step), []).append((blank.amounts(step), seconds))
-    return Profile(name, {kind: _fit_kind(found) for kind, found in rows.items()}, block)
+    rates = {kind: _fit_kind(found) for kind, found in rows.items()}
+    for kind in ("conv_1x1", "conv_small"):
+        # The same matrix product: where the samples leave it open, its weights are read no faster.
+        if kind in rates and "linear" in rates:
+            rates[kind] = replace(rates[kind], weights=min(rates[kind].weights, rates["linear"].weights))
+    return Profile(name, rates, block)
 
 
 def _fit_kind(rows: list[tuple[tuple[float, ...], float]]) -> Rates:
