@@ -73,6 +73,8 @@ def name_of(node: fx.Node, gm: fx.GraphModule) -> str:
     """The bare name of what a node calls: `Conv2d`, `conv2d`, `view`, without namespace, overload and in-place
     underscore.
     """
+    if node.op == "output":
+        return "output"
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         for cls in type(
@@ -202,11 +204,12 @@ class _Reader:
 
     def users(self, node: fx.Node) -> list[fx.Node]:
         """Users of the value itself; users of its shape do not count."""
-        return [
-            u
-            for u in node.users
-            if u.op == "output" or (is_tensor(u) and u in self.run.shapes) or self.kind(u) in VIEWS
-        ]
+        return [u for u in node.users if self._reads(u, node)]
+
+    def _reads(self, user: fx.Node, node: fx.Node) -> bool:
+        if name_of(user, self.gm) in ("reshape_as", "view_as", "expand_as", "type_as") and user.args[0] is not node:
+            return False
+        return user.op == "output" or (is_tensor(user) and user in self.run.shapes) or self.kind(user) in VIEWS
 
     def constant(self, operand: Any) -> torch.Tensor | None:
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):

@@ -32,6 +32,8 @@ COUNTS = {
     "efficientvit_m0": (116, 1),
     "levit_128s": (4, 48),
 }
+# (1 - alpha) * x on a stream that a nonlinear branch reads too: no BatchNorm's spelling, and nothing absorbs it.
+OWN_SCALES = {"efficientvim_m1": 30}
 REACHABLE_LINEARS = {"levit_128s": 47, "levit_conv_128s": 1}
 
 
@@ -87,7 +89,8 @@ def test_timm_reparameterisation(name: str) -> None:
         found.append(f"{left['batch_norm']} BatchNorms left")
     x = example(name, 1)
     found += [f"absorbable: {affine}" for affine in absorbable_affines(result, (x,))]
-    found += [f"a BatchNorm's mul or add: {affine}" for affine in channel_affines(result, (x,))]
+    if len(vectors := channel_affines(result, (x,))) > OWN_SCALES.get(name, 0):
+        found += [f"a BatchNorm's mul or add: {affine}" for affine in vectors]
     if (after := macs(result, (x,))) > (had := macs(model, (x,))):
         found.append(f"multiply-adds {had:,} -> {after:,}")
     assert not found, "\n".join([f"{len(found)} problems:", *found])
