@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxconv.cost import CPU, CostModel, Profile, Rates
-from fxconv.errors import FxconvError
+from fxconv.cost import CostModel, Profile, Rates
+from fxconv.errors import OptionError
 from fxconv.kernel import Kernel
 from fxconv.plan import Step
 
@@ -115,7 +115,7 @@ def samples() -> Iterator[Sample]:
         (512, 512, 7), (256, 1024, 14), (960, 1280, 1), (128, 1000, 1),
     ):  # fmt: skip
         yield conv(1, i, o, size, 1)
-    for i, o, size, k in ((64, 64, 3136, 3), (16, 16, 4096, 3), (128, 128, 400, 7), (64, 64, 1000, 1)):
+    for i, o, size, k in ((64, 64, 3136, 3), (16, 16, 4096, 3), (128, 128, 400, 7), (64, 64, 1000, 1), (32, 64, 2000, 5)):
         yield conv(1, i, o, size, k, nd=1)
     for c, size, k, stride in (
         (16, 112, 3, 1), (32, 112, 3, 2), (64, 56, 3, 1), (64, 56, 5, 1), (128, 28, 7, 1), (256, 14, 3, 1), (512, 7, 3, 1),
@@ -187,13 +187,17 @@ def fit(measured: list[tuple[Step, float]], name: str, block: int = 8) -> Profil
     return Profile(name, rates, block)
 
 
+_AMOUNTS = 5
+"""Coefficients of a kind: launch, multiply-adds, bytes read, written, and read as constants."""
+
+
 def _fit_kind(rows: list[tuple[tuple[float, ...], float]]) -> Rates:
     """Non-negative least squares of the relative error, over which of the coefficients are not zero."""
     a = torch.tensor([[1.0, *amounts] for amounts, _ in rows], dtype=torch.float64)
     a = a / torch.tensor([[s] for _, s in rows], dtype=torch.float64)
-    best, coefficients = math.inf, torch.zeros(5, dtype=torch.float64)
-    for choice in range(1, 32):
-        columns = [c for c in range(5) if choice >> c & 1 and bool(a[:, c].any())]
+    best, coefficients = math.inf, torch.zeros(_AMOUNTS, dtype=torch.float64)
+    for choice in range(1, 2**_AMOUNTS):
+        columns = [c for c in range(_AMOUNTS) if choice >> c & 1 and bool(a[:, c].any())]
         if not columns or len(columns) > len(rows):
             continue
         part = a[:, columns]
@@ -204,7 +208,7 @@ def _fit_kind(rows: list[tuple[tuple[float, ...], float]]) -> Rates:
         error = float((part @ x - 1).square().sum())
         if error < best - 1e-9:
             best = error
-            coefficients = torch.zeros(5, dtype=torch.float64)
+            coefficients = torch.zeros(_AMOUNTS, dtype=torch.float64)
             coefficients[columns] = x
     launch, *slowness = (float(c) for c in coefficients)
     return Rates(launch, *(1 / s if s > 0 else math.inf for s in slowness))
@@ -235,15 +239,18 @@ def local_profile() -> Profile:
     """The profile that `calibrate` keeps for this machine and number of threads.
 
     Raises:
-        FxconvError: there is none, or the file does not hold one.
+        OptionError: there is none, or the file does not hold one.
     """
     file = cache_file()
     try:
         return from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FxconvError(f"this machine was not measured with this number of threads: run `fxconv calibrate`, which writes {file}") from error
+        raise OptionError(
+            f"this machine was not measured with {torch.get_num_threads()} thread(s): run `fxconv calibrate`, "
+            f"which writes {file}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise FxconvError(f"{file} does not hold a profile: run `fxconv calibrate` again") from error
+        raise OptionError(f"{file} does not hold a profile: run `fxconv calibrate` again") from error
 
 
 def to_json(profile: Profile) -> str:
