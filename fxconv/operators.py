@@ -50,6 +50,7 @@ def lift_operator(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
         LiftError: it has none, with the reason.
     """
     import fxconv.operators_linear
+    import fxconv.operators_norm
     import fxconv.operators_window  # noqa: F401
 
     if op.name not in RULES:
@@ -301,6 +302,8 @@ def _max_pool(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
 
 class Nonlinear:
     """An operator to write again: its node, and how the operand's slots group into the dims that it expects."""
+
+    homogeneous = True
 
     def __init__(self, node: fx.Node, op: Op, dims: tuple[tuple[int, ...], ...]) -> None:
         self.node, self.op, self.dims = node, op, dims

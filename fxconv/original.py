@@ -51,6 +51,8 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
         return [Step("linear", in_shape, shape, constants, {}, macs)]
     if op.name == "batch_norm":
         return [Step("batch_norm", in_shape, shape, constants[:2])]
+    if op.name == "norm_affine":
+        return [Step("norm", in_shape, shape, constants)]
     if op.name in ("mul", "div", "neg"):
         return [Step("scale", in_shape, shape, constants[:2])]
     if op.name in ("add", "sub"):

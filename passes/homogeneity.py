@@ -36,9 +36,13 @@ def _blocked(m: Map, f: Apply) -> str | None:
 
 def _homogeneity(v: Value, context: Context) -> Iterator[Outcome]:
     if isinstance(v.node, Apply):
+        if not v.node.op.homogeneous:
+            return
         yield from _pull_out(v.node)
     elif isinstance(v.node, Map) and _is_scale(v.node) and isinstance(v.node.x.node, Apply):
         f = v.node.x.node
+        if not f.op.homogeneous:
+            return
         why = _blocked(v.node, f)
         if why is not None:
             yield Refusal(why)
