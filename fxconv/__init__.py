@@ -15,11 +15,13 @@ from fxconv.errors import (
 )
 from fxconv.law import Law, Refusal
 from fxconv.options import Options
+from fxconv.pipelines.dynamo import backend
 from fxconv.report import Report
 from fxconv.report import read as report
 from fxconv.transform import explain, transform
 from fxconv.verify_model import verify
 from fxconv.version import __version__
+from fxconv.weight_map import WeightMap, weight_map
 
 __all__ = [
     "ArgsError",
@@ -33,9 +35,12 @@ __all__ = [
     "Report",
     "TrainingModeError",
     "VerificationError",
+    "WeightMap",
     "__version__",
+    "backend",
     "explain",
     "report",
     "transform",
     "verify",
+    "weight_map",
 ]

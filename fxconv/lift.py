@@ -133,6 +133,7 @@ class Lifter:
             # Structure tests read the weight as it is stored, without a float64 copy.
             path = operand.name if isinstance(operand, Param) else str(operand.target)
             k._facts.setdefault("native", attribute(constants.gm, path))
+            k._facts.setdefault("path", path)
         return k
 
     def constant(self, operand: Operand) -> Ref:

@@ -24,6 +24,7 @@ from fxconv.errors import VerificationError
 from fxconv.expr import Const, Leaf, Value
 from fxconv.law import Law
 from fxconv.lift import Lifter
+from fxconv.measure import Judge, Loser, example_sizes
 from fxconv.options import Options
 from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
@@ -34,6 +35,7 @@ from fxconv.search import Search
 from fxconv.state import State
 from fxconv.verify_cluster import Verdict, check_cluster
 from fxconv.verify_model import ModelVerdict, check_model
+from fxconv.weight_map import TRAINABLE_LAWS, record_weights, reversible
 
 logger = logging.getLogger("fxconv")
 
@@ -54,6 +56,7 @@ class Outcome:
     pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rolled_back: dict[str, tuple[Cluster, Verdict, tuple[str, ...]]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    slower: list[Loser] = field(default_factory=list)
 
 
 def transform(
@@ -67,6 +70,7 @@ def transform(
     verify: str = "rollback",
     capture: str = "auto",
     laws: Sequence[Law] | None = None,
+    measure: bool = False,
     options: Options | Mapping[str, Any] | str | None = None,
 ) -> Any:
     """Rewrite the affine work of a model into the exact form that is cheapest to run, or that the target can run.
@@ -82,6 +86,8 @@ def transform(
         verify: "rollback" takes back what is not confirmed, "raise" raises `VerificationError`, "off" checks nothing.
         capture: "auto", "export" or "symbolic".
         laws: law objects to use in place of `fxconv.passes.LAWS`.
+        measure: time every rewrite on this machine, keep it only if it wins, and give the model back as it came where
+            the result as a whole does not.
         options: `fxconv.Options`, a mapping or the path of a TOML file; arguments that differ from their defaults win.
 
     Returns:
@@ -100,6 +106,7 @@ def transform(
         verify=verify,
         capture=capture,
         laws=tuple(laws) if laws is not None else None,
+        measure=measure,
     )
     result, record = run(model, args, dict(kwargs or {}), chosen)
     return attach(result, record)
@@ -135,6 +142,7 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     if isinstance(verdict, ModelVerdict) and verdict.status == "failed" and outcome.emitted.clusters:
         outcome, result, verdict = _find_guilty(model, captured, options, outcome, verdict)
     outcome.timings["verify model"] = time.perf_counter() - clock
+    record_weights(model, result, outcome.emitted)
     record = _report(model, result, captured, options, outcome, verdict)
     if options.verify == "raise" and not record.verified and verdict is not None:
         if isinstance(verdict, ModelVerdict) and not verdict:
@@ -150,7 +158,11 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)
-    model = CostModel(load_profile(options.profile), {s: hint for s, (_, _, hint) in symbols.items()})
+    sizes = example_sizes(captured, {s: hint for s, (_, _, hint) in symbols.items()})
+    profile = load_profile(options.profile)
+    if not profile.measured:
+        captured.notes.append(f"times are predicted for {profile.name!r}, whose speeds nobody measured")
+    model = CostModel(profile, sizes)
     state = State(lifter, model, TARGETS[options.target], options.objective)
     state.frozen = _frozen(captured.gm, lifter, options)
     state.load(_roots(captured.gm, lifter))
@@ -160,11 +172,34 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     state.retract_impossible()
     clock = _lap(timings, "search", clock)
     outcome = Outcome(captured, state, search, _emit(captured, state), before, state.total, timings=timings)
+    if options.trainable:
+        _keep_reversible(outcome)
     clock = _lap(timings, "emit", clock)
+    if options.measure:
+        judge = Judge(captured.gm, state, lambda: _emit(captured, state), sizes)
+        outcome.emitted = judge.run(outcome.emitted)
+        outcome.after, outcome.slower = state.total, judge.losers
+        clock = _lap(timings, "measure", clock)
     if options.verify != "off":
         _verify_clusters(outcome, symbols, options)
         _lap(timings, "verify rewrites", clock)
     return outcome
+
+
+def _keep_reversible(outcome: Outcome) -> None:
+    """Take back the rewrites whose weights are no single weight of the original."""
+    for _ in range(len(outcome.emitted.clusters) + 1):
+        mixed = [
+            c
+            for c in outcome.emitted.clusters
+            if not reversible(outcome.emitted, _parameters_of(outcome.emitted, c))
+        ]
+        if not mixed:
+            return
+        for c in mixed:
+            take_back(outcome.state, c.value)
+        outcome.emitted = _emit(outcome.captured, outcome.state)
+        outcome.after = outcome.state.total
 
 
 def _lap(timings: dict[str, float], name: str, since: float) -> float:
@@ -181,6 +216,8 @@ def _laws(options: Options) -> list[Law]:
     if options.target == "linear":
         laws.insert(-1, densify.law)
     options.check_laws([law.name for law in laws])
+    if options.trainable:
+        laws = [law for law in laws if law.name in TRAINABLE_LAWS]
     return [law for law in laws if options.law_allowed(law.name)]
 
 
@@ -503,6 +540,9 @@ def remarks(outcome: Outcome) -> tuple[Remark, ...]:
         kind = "missed" if missed.reason.startswith("does not pay") else "refused"
         key = (node.name, missed.law, missed.reason)
         out.setdefault(key, Remark(kind, node.name, missed.law, missed.reason, missed.would_fire_if))
+    for loser in outcome.slower:
+        laws = ", ".join(outcome.search.laws_of(loser.cluster.value))
+        out.setdefault((loser.cluster.node, laws, "slower"), Remark("missed", loser.cluster.node, laws, loser.reason))
     for node, reason in state.lifter.lifted.barriers.items():
         if reason and any(isinstance(a, fx.Node) and a in state.lifter.lifted.ops for a in node.all_input_nodes):
             out.setdefault((node.name, "", reason), Remark("barrier", node.name, "", reason))
