@@ -1,0 +1,204 @@
+"""`torch.compile(model, backend=fxconv.backend("inductor"))`: the graph that Dynamo hands over, rewritten for inference.
+
+Folded weights are copies. Before each run the weights that they came from are checked against what they were: the same
+tensors (``is``) at the same ``_version``, which every write moves but one through ``.data``; with ``check="hash"`` those
+are found too, at the price of hashing all weights at each run. Changed weights are folded anew: where the graph comes out
+as before, into the compiled code's own parameters; where it does not (other values may allow other rewrites), it is
+compiled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxconv.errors import FxconvError, OptionError
+from fxconv.fingerprint import tensors_hash
+from fxconv.options import Options
+from fxconv.pipelines.bound import Rewritten, Weights, copied, find_weights, placeholders, rewrite_bound
+from fxconv.report import Report
+
+logger = logging.getLogger("fxconv")
+
+Compiled = Callable[..., Any]
+
+
+class Backend:
+    """A Dynamo backend that rewrites each graph and hands it on to another backend.
+
+    ``reports`` collects what was done, one `Report` per graph, the latest last.
+    """
+
+    def __init__(self, inner: str | Callable[..., Any] = "inductor", options: Options | None = None) -> None:
+        self.inner, self.options = inner, options or Options()
+        self.reports: list[Report] = []
+        self.__name__ = "fxconv"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Compiled:
+        """Compile a Dynamo graph. ``options`` (of ``torch.compile``) are `fxconv.Options`, ``mode`` goes on."""
+        options = _merged(self.options, keywords.pop("options", None))
+        inner = _lookup(self.inner, keywords)
+        weights = find_weights(gm.graph, example_inputs)
+        if not _may_fold(weights):
+            return inner(gm, list(example_inputs))
+        try:
+            guarded = _Guarded(self, gm, example_inputs, weights, options, inner)
+        except FxconvError:
+            raise
+        except Exception as error:  # compilation must not fail where it succeeds without fxconv
+            logger.warning("the graph is compiled as it is: %s: %s", type(error).__name__, error)
+            logger.debug("rewriting failed", exc_info=True)
+            return inner(gm, list(example_inputs))
+        guarded.compile(example_inputs)
+        return guarded.run
+
+
+def backend(inner: str | Callable[..., Any] = "inductor", **keywords: Any) -> Backend:
+    """A backend for ``torch.compile`` that rewrites the graph for inference, then compiles it with ``inner``.
+
+    ``torch.compile(model, backend="fxconv")`` is ``backend()``. A graph that is run with gradients on is left as it is,
+    since the parameters' gradients could not come through folded weights: call under ``torch.no_grad()`` or
+    ``torch.inference_mode()``.
+
+    Args:
+        inner: the name of a Dynamo backend, or a callable like one.
+        **keywords: those of `fxconv.Options`, or ``options=`` with any form of them.
+
+    Raises:
+        OptionError: for an option that does not exist.
+    """
+    base = keywords.pop("options", None)
+    return Backend(inner, Options.of(base, **keywords))
+
+
+def fxconv_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Compiled:
+    """What ``backend="fxconv"`` names (entry point ``torch_dynamo_backends``)."""
+    return Backend()(gm, example_inputs, **keywords)
+
+
+def _merged(options: Options, given: Any) -> Options:
+    if not given:
+        return options
+    if not isinstance(given, Mapping):
+        raise OptionError(f"torch.compile(options={given!r}): give a dictionary with keys of fxconv.Options")
+    return Options.of(options, **{str(k).replace("-", "_"): v for k, v in given.items()})
+
+
+def _lookup(inner: str | Callable[..., Any], keywords: Mapping[str, Any]) -> Callable[..., Any]:
+    found: Callable[..., Any] = inner if callable(inner) else torch._dynamo.lookup_backend(inner)
+    mode = keywords.get("mode")
+    if mode in (None, "default"):
+        return found
+    if inner != "inductor":
+        raise OptionError(f"torch.compile(mode={mode!r}) is for Inductor; the inner backend is {inner!r}")
+    patches = torch._inductor.list_mode_options(mode)
+    return lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, config_patches=patches)
+
+
+def _may_fold(weights: Weights) -> bool:
+    if not weights:
+        return False
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
+        logger.warning("the graph is run with gradients, which folded weights would cut off: it is compiled as it is; "
+                       "call the model under torch.no_grad()")  # fmt: skip
+        return False
+    return True
+
+
+class _Guarded:
+    """Compiled code for one graph, and the weights that it holds for."""
+
+    def __init__(
+        self,
+        owner: Backend,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        weights: Weights,
+        options: Options,
+        inner: Callable[..., Any],
+    ) -> None:
+        # Compiling may change the graph that it is given, so the one kept for folding anew is a copy.
+        self.owner, self.options, self.inner = owner, options, inner
+        self.original = copied(gm)
+        self.examples = [None if i in weights else n.meta.get("example_value") for i, n in enumerate(placeholders(gm.graph))]
+        self.indices = tuple(weights)
+        self.rewritten = self._rewrite(weights, examples)
+        self._remember(weights)
+        self.compiled: Compiled = self.rewritten.gm
+        self.parameters = {name: getattr(self.rewritten.gm, name) for name in self.rewritten.added}
+        self.code = self.rewritten.gm.code
+
+    def compile(self, examples: Sequence[Any]) -> None:
+        """Hand the rewritten graph to the inner backend, while Dynamo is compiling."""
+        self.compiled = self.inner(self.rewritten.gm, list(examples))
+
+    def _rewrite(self, weights: Weights, examples: Sequence[Any]) -> Rewritten:
+        rewritten = rewrite_bound(self.original, weights, examples, self.options)
+        self.owner.reports.append(rewritten.report)
+        applied = len(rewritten.report.applied)
+        logger.info("torch.compile: %d rewrites, %s", applied, rewritten.report.verification.get("status", "not run"))
+        if not applied:
+            self.indices = ()  # nothing was folded: nothing to watch
+        return rewritten
+
+    def _remember(self, weights: Weights) -> None:
+        self.known = [(i, weakref.ref(weights[i]), _version(weights[i])) for i in self.indices if weights[i].dim()]
+        self.scalars = [(i, weights[i].clone()) for i in self.indices if not weights[i].dim()]
+        self.hash = self._hash(weights) if self.options.check == "hash" else ""
+
+    def _hash(self, weights: Mapping[int, torch.Tensor]) -> str:
+        return tensors_hash({str(i): weights[i] for i in self.indices})
+
+    def changed(self, args: Sequence[Any]) -> bool:
+        """Whether any weight is another tensor, or has been written to."""
+        for i, reference, version in self.known:
+            weight = args[i]
+            if weight is not reference() or (version is not None and weight._version != version):
+                return True
+        if any(not torch.equal(args[i], value) for i, value in self.scalars):
+            return True
+        return bool(self.hash) and self._hash({i: args[i] for i in self.indices}) != self.hash
+
+    def run(self, *args: Any) -> Any:
+        """Run the compiled code, on weights folded anew if they have changed."""
+        if self.indices and self.changed(args):
+            self._refold(args)
+        return self.compiled(*args)
+
+    def _refold(self, args: Sequence[Any]) -> None:
+        logger.info("torch.compile: weights have changed, folding anew")
+        weights = {i: args[i] for i in self.indices}
+        indices = self.indices
+        fresh = self._rewrite(weights, [args[i] if e is None else e for i, e in enumerate(self.examples)])
+        self.indices = indices
+        values = {name: getattr(fresh.gm, name) for name in fresh.added}
+        frozen = torch._inductor.config.freezing
+        if fresh.gm.code == self.code and _alike(values, self.parameters) and not frozen:
+            with torch.no_grad():
+                for name, value in values.items():
+                    self.parameters[name].copy_(value)
+        else:
+            dynamic = any(isinstance(e, torch.SymInt) for e in self.examples) or None
+            self.compiled = torch.compile(_without_sources(fresh.gm), backend=self.inner, dynamic=dynamic)
+            self.parameters, self.code = values, fresh.gm.code
+        self.rewritten = fresh
+        self._remember(weights)
+
+
+def _alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype for k in a)
+
+
+def _without_sources(gm: fx.GraphModule) -> fx.GraphModule:
+    for node in placeholders(gm.graph):
+        node.__dict__.pop("_dynamo_source", None)
+    return gm
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,227 @@
+"""torch.compile, in both directions: weights that change, gradients, dynamic batches. Inductor's own pass and its cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxconv
+from fxconv.errors import OptionError
+from fxconv.pipelines.bound import find_weights, placeholders, qualified_name
+
+
+class Net(nn.Module):
+    """Conv, BatchNorm, a buffer, a plain tensor, ReLU in place, a tied Linear: every kind of weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.register_buffer("k", torch.rand(4) + 0.5)
+        self.t = torch.rand(4) + 0.5
+        self.fc = nn.Linear(4, 4)
+        self.again = nn.Linear(4, 4)
+        self.again.weight = self.fc.weight
+        nn.init.normal_(self.bn.running_mean)
+        nn.init.uniform_(self.bn.running_var, 0.5, 2.0)
+        nn.init.normal_(self.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)) * self.k[:, None, None] * self.t[:, None, None]
+        return self.again(self.fc(y.relu_().mean((2, 3))).relu())
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(inner: Any = "eager", dynamic: bool | None = None, **options: Any) -> tuple[Any, Any, Any]:
+    model = Net().eval()
+    backend = fxconv.backend(inner, **options)
+    return model, backend, torch.compile(model, backend=backend, dynamic=dynamic)
+
+
+def agrees(fast: Any, model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_dynamo_graph_is_rewritten_at_every_batch(dynamic: bool | None) -> None:
+    seen: list[torch.fx.GraphModule] = []
+    model, backend, fast = compiled(lambda gm, inputs: (seen.append(gm), gm.forward)[1], dynamic)
+    for batch in (2, 3, 1, 5):
+        agrees(fast, model, torch.randn(batch, 3, 6, 6))
+    assert len(backend.reports) <= 3, "one static graph, one dynamic one, and one for a batch of 1"
+    assert all(report.verified and len(report.applied) == 1 for report in backend.reports)
+    for gm in seen:
+        names = [str(n.target) for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+        assert sum("conv2d" in n for n in names) == 1 and not any("batch_norm" in n or "mul" in n for n in names)
+
+
+def test_weights_are_found_and_named() -> None:
+    found: list[str] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nodes = placeholders(gm.graph)
+        found.extend(qualified_name(nodes[i]) for i in find_weights(gm.graph, inputs))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(Net().eval(), backend=look)(torch.randn(2, 3, 5, 5))
+    assert set(found) >= {"conv.weight", "conv.bias", "bn.running_var", "bn.weight", "k", "t", "fc.weight"}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_changed_weights_are_folded_anew(dynamic: bool | None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    model, backend, fast = compiled(counter, dynamic)
+    x = torch.randn(4, 3, 6, 6)
+    agrees(fast, model, x)
+    done, compilations = len(backend.reports), counter.frame_count  # 2 where Dynamo begins again with floats inlined
+    with torch.no_grad():
+        model.conv.weight.mul_(-1.5)  # version
+    agrees(fast, model, x)
+    assert len(backend.reports) == done + 1 and counter.frame_count == compilations, "the compiled code is kept"
+    model.bn.running_mean = torch.randn(4)  # identity
+    agrees(fast, model, x)
+    assert len(backend.reports) == done + 2 and counter.frame_count == compilations
+    agrees(fast, model, x)
+    assert len(backend.reports) == done + 2, "nothing has changed"
+    model.load_state_dict(Net().state_dict())
+    agrees(fast, model, x)
+    model.bn.eps = 0.3
+    agrees(fast, model, x)
+
+
+def test_other_weights_that_allow_other_rewrites_are_compiled_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)
+            self.register_buffer("scale", torch.rand(4, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) * self.scale)
+
+    model = Scaled().eval()
+    backend = fxconv.backend("eager")
+    fast = torch.compile(model, backend=backend, dynamic=True)
+    agrees(fast, model, torch.randn(2, 3, 5, 5))
+    with torch.no_grad():
+        model.scale.copy_(torch.tensor([1.0, -1.0, 0.0, 2.0]).view(4, 1, 1))
+    for batch in (2, 3):
+        agrees(fast, model, torch.randn(batch, 3, 5, 5))
+
+
+def test_a_write_through_data_is_seen_by_hash_alone() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    for check, seen in (("version", False), ("hash", True)):
+        torch._dynamo.reset()
+        model, backend, fast = compiled(check=check)
+        agrees(fast, model, x)
+        model.conv.weight.data.mul_(2)
+        with torch.no_grad():
+            assert torch.allclose(fast(x), model(x), atol=1e-5) is seen
+
+
+def test_with_gradients_the_graph_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model, backend, fast = compiled("aot_eager")
+    x = torch.randn(2, 3, 6, 6)
+    with caplog.at_level(logging.WARNING, logger="fxconv"):
+        fast(x).sum().backward()
+    assert not backend.reports and "torch.no_grad()" in caplog.text
+    assert model.conv.weight.grad is not None and model.conv.weight.grad.abs().sum() > 0
+    agrees(fast, model, x)
+    assert len(backend.reports) == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_name_is_registered_and_takes_options() -> None:
+    assert "fxconv" in torch._dynamo.list_backends()
+    with pytest.raises(OptionError, match="did you mean 'objective'"):
+        fxconv.backend("inductor", objektive="macs")
+    model, backend, fast = compiled(deny=["conv", "bn"])
+    agrees(fast, model, torch.randn(2, 3, 6, 6))
+    assert not backend.reports[0].applied
+    with pytest.raises(Exception, match="did you mean 'target'"), torch.no_grad():
+        torch.compile(model, backend="fxconv", options={"targett": "conv"})(torch.randn(2, 3, 6, 6))
+
+
+_SECOND_PROCESS = """
+import sys
+from test_pipelines_compile import run_pass
+print(*run_pass(int(sys.argv[1])))
+"""
+
+_QUICK = {"cpp_cache_precompile_headers": False, "compile_threads": 1, "cpp.vec_isa_ok": True}
+"""Checks and preparations of Inductor's that take longer than all that is compiled here."""
+
+
+def run_pass(seed: int) -> tuple[str, int]:
+    """Compile a model with `InductorPass`: whether the cache had it, and how many graphs were rewritten."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    from fxconv.pipelines import InductorPass
+
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(seed)
+    model, x = Net().eval(), torch.randn(2, 3, 6, 6)
+    ours = InductorPass(model)
+    with torch.no_grad(), config.patch(pre_grad_custom_pass=ours, **_QUICK):
+        torch.testing.assert_close(torch.compile(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    return "hit" if counters["aot_autograd"]["autograd_cache_hit"] else "miss", len(ours.reports)
+
+
+def test_inductor_in_both_directions_its_pass_and_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert run_pass(1) == ("miss", 1)
+    assert run_pass(1) == ("hit", 0), "the same weights again"
+    # The same architecture with other weights must not get the folded weights of the first.
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", _SECOND_PROCESS, "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-2:] == ["miss", "1"]
+
+    torch._dynamo.reset()
+    model, x = Net().eval(), torch.randn(2, 3, 6, 6)
+    with config.patch(**_QUICK):
+        agrees(torch.compile(fxconv.transform(model, x)), model, x)
+        fast = torch.compile(model, backend="fxconv", dynamic=True)
+        for batch in (2, 3):
+            agrees(fast, model, torch.randn(batch, 3, 6, 6))
+        with torch.no_grad():
+            model.conv.weight.mul_(-2)
+        agrees(fast, model, x)
+
+
+def test_the_uuid_covers_options_and_every_weight() -> None:
+    from fxconv.pipelines import InductorPass
+
+    model = Net().eval()
+    first = InductorPass(model).uuid()
+    assert InductorPass(model).uuid() == first != InductorPass(model, objective="macs").uuid()
+    for tensor in (model.conv.weight.data, model.bn.running_var, model.k, model.t):
+        tensor[0] += 1
+        second = InductorPass(model).uuid()
+        assert second != first
+        first = second
