@@ -58,9 +58,13 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
     twin = structural_copy(model)
     program = run_export(twin, use_args, use_kwargs, plan.dynamic)
-    pinned = _pinned_dims(program)
+    pinned, only_ones = _pinned_dims(program)
     if pinned and plan.dynamic in ("all", "batch"):
-        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
+        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned) if only_ones else None
+        if larger is not None:
+            program, pinned = larger, set()
+        else:
+            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
     frozen = frozen_reason(model)
     captured = unlifted(program, flat=False)
     gm, layout = captured.gm, captured.layout
@@ -72,7 +76,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         "export",
         args,
         kwargs,
-        lambda rewritten: finish(rewritten, name, frozen, layout, forward, checks),
+        lambda rewritten: finish(rewritten, name, frozen, gm, layout, forward, checks),
         [n for n in (plan.note, *captured.notes) if n],
         captured.barriers,
         checks=checks,
@@ -135,14 +139,29 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sp
     return named
 
 
-def _pinned_dims(program: ExportedProgram) -> set[Any]:
-    """(leaf index, dim) of inputs that stay symbolic although the model accepts one value only."""
+def _export_larger(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any]
+) -> ExportedProgram | None:
+    """The program of an example twice or four times as large in the pinned dims, where that leaves none pinned."""
+    for factor in (2, 4):
+        try:
+            more_args, more_kwargs = shapes.enlarged(args, kwargs, pinned, factor)
+            program = run_export(structural_copy(model), more_args, more_kwargs, dynamic)
+        except Exception:
+            return None
+        if not _pinned_dims(program)[0]:
+            return program
+    return None
+
+
+def _pinned_dims(program: ExportedProgram) -> tuple[set[Any], bool]:
+    """(leaf index, dim) of inputs that stay symbolic although the graph holds for one value only; see ``shapes``."""
     mode = fake_mode_of(program.graph)
     if mode is None or mode.shape_env is None:
-        return set()
-    symbols = shapes.pinned_symbols(mode.shape_env)
+        return set(), False
+    symbols, only_ones = shapes.pinned_symbols(mode.shape_env)
     if not symbols:
-        return set()
+        return set(), False
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     found = set()
@@ -152,7 +171,7 @@ def _pinned_dims(program: ExportedProgram) -> set[Any]:
             for dim, size in enumerate(shapes.sizes(value)):
                 if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
                     found.add((index, dim))
-    return found
+    return found, only_ones
 
 
 def _without_dims(spec: Any, pinned: set[Any]) -> Any:
@@ -220,7 +239,7 @@ def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs:
     layout = plain.layout
 
     def rebuild(rewritten: fx.GraphModule) -> ExportedProgram:
-        return relift(rewritten, program, layout)
+        return relift(rewritten, program, plain.gm, layout)
 
     return Captured(
         plain.gm, "aten", "export", args or (), kwargs, rebuild, plain.notes, plain.barriers

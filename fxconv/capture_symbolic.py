@@ -14,7 +14,7 @@ from fxconv.captured import Captured, bare_squeezes, frozen_reason, one_line, qu
 from fxconv.errors import ArgsError, CaptureError
 from fxconv.functional import functionalise
 from fxconv.hazards import mode_dependent
-from fxconv.result import finish
+from fxconv.result import HOOKS, finish
 from fxconv.structure import structural_copy
 from fxconv.trace import strip_asserts, trace
 
@@ -28,9 +28,9 @@ def symbolic_module(
     whole: bool = False,
 ) -> Captured:
     """``whole`` refuses a graph that hides much of the model in children that cannot be traced: parts do better."""
-    twin = structural_copy(model)
+    twin = structural_copy(model, own_buffers=True)
     with quiet():
-        gm, barriers = trace(twin)
+        gm, barriers = trace(twin, model)
     strip_asserts(gm)
     if whole:
         _refuse_mostly_opaque(gm, barriers)
@@ -54,7 +54,7 @@ def symbolic_module(
     def rebuild(rewritten: fx.GraphModule) -> fx.GraphModule:
         kept = {str(n.target) for n in rewritten.graph.nodes if n.op == "call_module"}
         frozen = frozen_reason(model) if targets - kept else baked
-        result = finish(rewritten, name, frozen, None, model.forward, checks)
+        result = finish(rewritten, name, frozen, gm, None, model.forward, checks)
         keep_root_hooks(twin, result)
         return result
 
@@ -82,8 +82,7 @@ def _refuse_mostly_opaque(gm: fx.GraphModule, barriers: dict[str, str]) -> None:
 
 def keep_root_hooks(source: nn.Module, gm: nn.Module) -> None:
     """Hooks of the model itself run around its forward, which is what was traced: they go on doing so."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-                 "_forward_hooks_always_called"):  # fmt: skip
+    for kind in HOOKS:
         getattr(gm, kind).update(getattr(source, kind))
 
 
@@ -115,6 +114,16 @@ def _fixed_sizes(gm: fx.GraphModule, chosen: Any) -> set[tuple[str, int]]:
     return fixed
 
 
+def _larger(inputs: tuple[Any, Any], dynamic: Any) -> list[tuple[tuple[Any, Any], Any]]:
+    """Larger images, in whose feature maps no size is 1 (which would pin the size of the image)."""
+    leaves = pytree.tree_leaves(inputs)
+    images = {(i, d) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.dim() > 3
+              for d in range(2, v.dim())}  # fmt: skip
+    if dynamic != "all" or not images or any(leaves[i].numel() > 2**20 for i, _ in images):
+        return []
+    return [(shapes.enlarged(*inputs, images, 4), dynamic)]
+
+
 def propagate_shapes(
     gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
 ) -> tuple[list[str], Any]:
@@ -125,7 +134,8 @@ def propagate_shapes(
     double = shapes.needs_doubling(args, kwargs, dynamic if not isinstance(dynamic, str) else None)
     given = dynamic if not isinstance(dynamic, str) else None
     wide = shapes.doubled(args, kwargs, given) if double else (args, kwargs)
-    tries = [(wide, dynamic), (wide, "batch"), ((args, kwargs), dynamic), ((args, kwargs), "none")]
+    tries = [(wide, dynamic), *_larger(wide, dynamic), (wide, "batch"), ((args, kwargs), dynamic)]
+    tries.append(((args, kwargs), "none"))
     error: Exception | None = None
     for (use_args, use_kwargs), choice in tries:
         try:
@@ -136,7 +146,7 @@ def propagate_shapes(
         except Exception as caught:
             error = error or caught
             continue
-        if choice == "all" and shapes.pinned_symbols(mode.shape_env):  # type: ignore[arg-type]
+        if choice == "all" and mode.shape_env is not None and shapes.pinned_symbols(mode.shape_env)[0]:
             continue
         return ([] if choice == dynamic else [f"only these dims are dynamic: {choice}"]), choice
     for node in gm.graph.nodes:

@@ -144,7 +144,7 @@ def unlift(program: ExportedProgram) -> tuple[fx.GraphModule, Layout]:
     for node in list(gm.graph.nodes):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
-    _inline_no_grad(gm)
+    _inline_blocks(gm)
     drop_guards(gm.graph)
     gm.recompile()
     return gm, layout
@@ -188,17 +188,30 @@ def _finish_outputs(program: ExportedProgram, graph: fx.Graph, env: dict[fx.Node
     graph.output(tuple(results))
 
 
-def _inline_no_grad(gm: fx.GraphModule) -> None:
-    """``with torch.no_grad():`` blocks become ordinary nodes whose results are detached, so that they can be lifted."""
-    wrap = getattr(torch.ops.higher_order, "wrap_with_set_grad_enabled", None)
+def _block_of(node: fx.Node) -> int | None:
+    """Where the arguments of a block that can be inlined hold its graph: ``no_grad()`` and ``autocast(enabled=False)``."""
+    higher = torch.ops.higher_order
+    if node.op != "call_function":
+        return None
+    if node.target is getattr(higher, "wrap_with_set_grad_enabled", None) and node.args[0] is False:
+        return 1
+    if node.target is getattr(higher, "wrap_with_autocast", None) and node.args[2] is False:
+        return 4
+    return None
+
+
+def _inline_blocks(gm: fx.GraphModule) -> None:
+    """``with torch.no_grad():`` blocks become ordinary nodes whose results are detached, so that they can be lifted;
+    ``with torch.autocast(enabled=False):`` ordinary nodes."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not wrap or node.args[0] is not False:
+        place = _block_of(node)
+        if place is None:
             continue
-        block = node.args[1]
+        block = node.args[place]
         inner: fx.GraphModule = attribute(gm, str(block.target))
         if any(n.op == "get_attr" for n in inner.graph.nodes):
             continue
-        operands = iter(node.args[2:])
+        operands = iter(node.args[place + 1 :])
         env: dict[fx.Node, Any] = {}
         with gm.graph.inserting_before(node):
             for source in inner.graph.nodes:
@@ -209,7 +222,9 @@ def _inline_no_grad(gm: fx.GraphModule) -> None:
             (result,) = [n for n in inner.graph.nodes if n.op == "output"]
             outputs = []
             for value in result.args[0]:
-                if isinstance(value, fx.Node):
+                if isinstance(value, fx.Node) and place == 4:
+                    outputs.append(env[value])
+                elif isinstance(value, fx.Node):
                     detached = gm.graph.call_function(aten.detach.default, (env[value],))
                     detached.meta = dict(env[value].meta)
                     outputs.append(detached)
@@ -230,8 +245,12 @@ def _inline_no_grad(gm: fx.GraphModule) -> None:
 # ----------------------------------------------------------------- back to an ExportedProgram
 
 
-def relift(gm: fx.GraphModule, program: ExportedProgram, layout: Layout) -> ExportedProgram:
+def relift(
+    gm: fx.GraphModule, program: ExportedProgram, source: fx.GraphModule, layout: Layout
+) -> ExportedProgram:
     """An ExportedProgram that computes ``gm``, with the call signature and the dynamic shapes of ``program``.
+
+    ``source`` is the graph module as it was unlifted: what its graph did not read is taken from it.
 
     Parameters that the rewriting added (plain attributes of ``gm``) become PARAMETER inputs; those that the captured
     graph read and ``gm`` no longer reads are dropped.
@@ -251,7 +270,7 @@ def relift(gm: fx.GraphModule, program: ExportedProgram, layout: Layout) -> Expo
     added = [name for name in reads if name not in layout.state]
     for group in (_parameters, _buffers, _others):
         for name in [*kept, *added]:
-            value = attribute(gm, name)
+            value = attribute(gm if name in reads else source, name)
             if not group(value, name, layout):
                 continue
             target = layout.state.get(name, name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import operator
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,19 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxconv.errors import TrainingModeError
-from fxconv.program import Layout
+from fxconv.program import Layout, set_attribute
 from fxconv.shapes import SizeCheck, insert_checks
+from fxconv.spelling_common import attribute
 
 STATE = "fxconv_module"
 """Key of ``gm.meta`` under which a :class:`Converted` keeps what it must know of its original (plain Python values)."""
+
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # fmt: skip
+"""Attributes of a module that hold its forward hooks."""
 
 
 class Converted(fx.GraphModule):
@@ -42,6 +52,16 @@ class Converted(fx.GraphModule):
         """``.to()``, ``.half()``, ``.cuda()`` … also rewrite the dtypes and devices that tracing put into the graph."""
         result = super()._apply(fn, recurse)
         _rewrite_baked(self, fn)
+        return result
+
+    def __copy__(self) -> Converted:
+        return _twin(self, {k: v for k, v in self.__dict__.items() if k != "_graph"}, copy.copy(self.graph))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
+        # GraphModule's own keeps only what the graph reads: unused parameters and their order would be lost.
+        body = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_graph"}, memo)
+        result = _twin(self, body, copy.deepcopy(self.graph, memo))
+        memo[id(self)] = result
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,58 +184,59 @@ def finish(
     gm: fx.GraphModule,
     name: str,
     frozen: str,
+    source: fx.GraphModule,
     layout: Layout | None,
     forward: Any,
-    checks: list[SizeCheck] | None = None,
+    checks: Sequence[SizeCheck] = (),
 ) -> Converted:
-    """A :class:`Converted` over the graph and tensors of ``gm``.
+    """A :class:`Converted` that runs a copy of the graph of ``gm`` over its tensors. ``gm`` stays as it is.
 
-    ``frozen`` says why it cannot be trained ("" where it can); ``checks`` are made at each run. Parameters that the
-    captured graph read and that are no longer read are dropped; all others keep their names.
+    Args:
+        name: of the class of the result.
+        frozen: why the result cannot be trained, "" where it can.
+        source: the graph module as it was captured: what its graph did not read is taken from it, and the order.
+        checks: conditions on input sizes, made at each run.
+
+    Parameters that the captured graph read and that ``gm`` does not read are dropped; all others keep their names.
     """
-    reads = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
-    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-    _drop_unread(gm, reads, called, layout)
-    result = Converted(_Everything(gm), gm.graph, class_name=name if name.isidentifier() else "Converted")
-    _adopt(result, gm)
+    root = nn.Module()
+    reads = list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")))
+    if layout is not None:
+        for attribute_name in layout.state:
+            if attribute_name in reads or attribute_name not in layout.used:
+                owner = gm if attribute_name in reads else source
+                persistent = attribute_name not in layout.tensors | layout.non_persistent
+                set_attribute(root, attribute_name, attribute(owner, attribute_name), persistent)
+    else:
+        order = {module_name: i for i, (module_name, _) in enumerate(source.named_modules())}
+        reads.sort(key=lambda target: order.get(target, len(order)))
+    for target in reads:
+        if not _has(root, target):
+            set_attribute(root, target, attribute(gm, target), persistent=_is_persistent(gm, target))
+    graph = copy.deepcopy(gm.graph)
+    result = Converted(root, graph, class_name=name if name.isidentifier() else "Converted")
+    _adopt(result, root)
     if layout is not None:
         guard_constants(result, layout.constants, forward)
-    insert_checks(result, checks or [])
+    insert_checks(result, list(checks))
     result.meta = dict(gm.meta)
-    result.meta[STATE] = {"frozen": frozen, "dtype": _common_dtype(gm)}
+    result.meta[STATE] = {"frozen": frozen, "dtype": _common_dtype(result)}
     for module in result.modules():
         module.training = False
     return result
 
 
-def _drop_unread(gm: fx.GraphModule, reads: set[str], called: set[str], layout: Layout | None) -> None:
-    if layout is None:
-        gm.delete_all_unused_submodules()
-        return
-    for attribute_name in layout.used - reads:
-        path, _, leaf = attribute_name.rpartition(".")
-        owner = gm.get_submodule(path) if path else gm
-        if leaf in owner._parameters or leaf in owner._buffers:
-            delattr(owner, leaf)
-            owner._non_persistent_buffers_set.discard(leaf)
-    for module_name, module in reversed(list(gm.named_modules())):
-        if module_name and type(module) is nn.Module and not any(True for _ in module.parameters(recurse=False)):
-            if not module._buffers and not module._modules and module_name not in reads | called:
-                path, _, leaf = module_name.rpartition(".")
-                delattr(gm.get_submodule(path) if path else gm, leaf)
+def _has(root: nn.Module, name: str) -> bool:
+    try:
+        attribute(root, name)
+    except AttributeError:
+        return False
+    return True
 
 
-class _Everything(nn.Module):
-    """A root that offers the attributes of another module to ``GraphModule.__init__``."""
-
-    def __init__(self, gm: nn.Module) -> None:
-        super().__init__()
-        self._modules = gm._modules
-        self._parameters = gm._parameters
-        self._buffers = gm._buffers
-        for key, value in vars(gm).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, key, value)
+def _is_persistent(gm: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf not in gm.get_submodule(path)._non_persistent_buffers_set
 
 
 def _adopt(result: fx.GraphModule, gm: nn.Module) -> None:
@@ -383,10 +404,24 @@ def _decode_graph(encoded: dict[str, Any]) -> fx.Graph:
 
 
 def _load(body: dict[str, Any], encoded: dict[str, Any], class_name: str) -> Converted:
+    return _from_body(body, _decode_graph(encoded), class_name)
+
+
+def _twin(original: Converted, body: dict[str, Any], graph: fx.Graph) -> Converted:
+    result = _from_body(body, graph, type(original).__name__)
+    for kind in HOOKS:
+        getattr(result, kind).update(getattr(original, kind))
+    return result
+
+
+def _from_body(body: dict[str, Any], graph: fx.Graph, class_name: str) -> Converted:
     holder = nn.Module()
     holder.__dict__ = body
-    result = Converted(holder, _decode_graph(encoded), class_name=class_name)
+    result = Converted(holder, graph, class_name=class_name)
     _adopt(result, holder)
-    result.meta = body.get("meta", {})
-    result.training = False
+    for key, value in body.items():  # plain attributes that a parent may read
+        if key not in result.__dict__:
+            setattr(result, key, value)
+    result.meta = dict(body.get("meta", {}))
+    result.training = body.get("training", False)
     return result

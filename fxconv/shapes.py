@@ -84,6 +84,15 @@ def _dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes
     return found
 
 
+def enlarged(args: Any, kwargs: Any, dims: set[tuple[int, int]], factor: int) -> tuple[Any, Any]:
+    """The inputs repeated ``factor`` times along the given (leaf index, dim)."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    for index, dim in dims:
+        leaves[index] = torch.cat([leaves[index]] * factor, dim)
+    new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)
+    return new_args, new_kwargs
+
+
 def distinct(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The inputs with no tensor twice: export merges placeholders that are given the same object."""
     seen: set[int] = set()
@@ -183,16 +192,22 @@ def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
     return mode.from_tensor(value.detach(), symbolic_context=context)
 
 
-def pinned_symbols(environment: ShapeEnv) -> set[Any]:
-    """Symbols that an equality guard ties to a number without solving it (``4·(h − 2)·(w − 2) = 144``)."""
+def pinned_symbols(environment: ShapeEnv) -> tuple[set[Any], bool]:
+    """Symbols that an equality guard ties to a number without solving it (``4·(h − 2)·(w − 2) = 144``).
+
+    The flag says that every such number is 1: some feature map of the example is one element high, which torch treats
+    as another kind of size. A larger example may be free of that.
+    """
     pinned: set[Any] = set()
+    ones = True
     for guard in environment.guards:
         expr = guard.expr
         if isinstance(expr, sympy.Eq):
             expr = expr.subs(environment.replacements)
             if isinstance(expr, sympy.Eq) and (expr.lhs.is_number or expr.rhs.is_number):
                 pinned |= expr.free_symbols
-    return pinned
+                ones = ones and (expr.lhs == 1 or expr.rhs == 1)
+    return pinned, ones
 
 
 # ----------------------------------------------------------------- what the capture assumed about sizes
@@ -217,6 +232,8 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
     """
     places: dict[Any, tuple[str, int]] = {}
     checks: list[SizeCheck] = []
+    fixed: list[tuple[fx.Node, int, int]] = []
+    specialised: set[int] = set()
     environment: ShapeEnv | None = None
     for node in gm.graph.nodes:
         value = node.meta.get("val")
@@ -226,13 +243,15 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
         for dim, size in enumerate(sizes(value)):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 places.setdefault(size.node.expr, (node.name, dim))
-            elif (node.name, dim) in static:
-                number = int(size)
-                symbol = sympy.Symbol(f"{node.name}_{dim}", integer=True)
-                text = f"captured for size {number} in dim {dim} of {node.target}: transform again for other sizes"
-                checks.append(SizeCheck(sympy.Eq(symbol, number), ((symbol, node.name, dim),), text))
+            else:
+                fixed.append((node, dim, int(size)))
+                if (node.name, dim) in static:
+                    checks.append(_exact(node, dim, int(size)))
     for guard in environment.guards if environment is not None else ():
         if not _asked_by_model(guard):
+            continue
+        if isinstance(guard.expr, sympy.Eq) and guard.expr.lhs.is_symbol and guard.expr.rhs.is_number:
+            specialised.add(int(guard.expr.rhs))
             continue
         expr = guard.expr.xreplace(environment.replacements) if environment is not None else guard.expr
         symbols = sorted(expr.free_symbols, key=str)
@@ -242,7 +261,17 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
         readable = ", ".join(f"{s} = dim {dim} of {name}" for s, name, dim in named)
         text = f"captured for sizes with {expr} ({readable}): transform again with such an example"
         checks.append(SizeCheck(expr, named, text))
+    known = {(check.symbols[0][1], check.symbols[0][2]) for check in checks}
+    for node, dim, number in fixed:
+        if number in specialised and (node.name, dim) not in known:
+            checks.append(_exact(node, dim, number))
     return checks
+
+
+def _exact(node: fx.Node, dim: int, number: int) -> SizeCheck:
+    symbol = sympy.Symbol(f"{node.name}_{dim}", integer=True)
+    text = f"captured for size {number} in dim {dim} of {node.target}: transform again for other sizes"
+    return SizeCheck(sympy.Eq(symbol, number), ((symbol, node.name, dim),), text)
 
 
 def _asked_by_model(guard: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxconv.errors import CaptureError
 from fxconv.hazards import module_hazard
 
 
@@ -78,22 +79,41 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A module-dialect graph of ``model`` (which tracing may change: pass a structural copy).
+def trace(model: nn.Module, original: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
+    """A module-dialect graph of ``model``, a structural copy of ``original`` with buffers of its own.
+
+    Buffers are no proxies: what the forward writes into them happens while tracing, and is missing in the graph. So the
+    copy has its own, they are compared afterwards, and then replaced by the original's.
 
     Returns the graph module and the barriers, node name → reason. Optional arguments of the forward keep their
     defaults as placeholders' defaults, except flags, which are fixed to them.
 
-    Raises whatever the top-level forward raises under tracing.
+    Raises:
+        CaptureError: tracing changed a buffer. Else whatever the top-level forward raises under tracing.
     """
     tracer = Tracer()
     graph = tracer.trace(model, concrete_args=_fixed(model))
+    _share_buffers(model, original)
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     barriers: dict[str, str] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in tracer.barriers:
             barriers[node.name] = tracer.barriers[str(node.target)]
     return gm, barriers
+
+
+def _share_buffers(model: nn.Module, original: nn.Module) -> None:
+    for (name, twin), (_, module) in zip(model.named_modules(), original.named_modules(), strict=True):
+        for key, buffer in module._buffers.items():
+            traced = twin._buffers.get(key)
+            if buffer is None or traced is buffer:
+                continue
+            if isinstance(traced, fx.Proxy) or traced is None or not torch.equal(traced, buffer):
+                raise CaptureError(f"the forward writes the buffer {f'{name}.{key}'.lstrip('.')!r}")
+            twin._buffers[key] = buffer
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and isinstance(vars(twin).get(key), torch.Tensor):
+                setattr(twin, key, value)
 
 
 def _fixed(model: nn.Module) -> dict[str, Any] | None:
