@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from fxconv.cost import CostModel, Profile, Rates
@@ -272,3 +273,17 @@ def from_json(text: str) -> Profile:
     if "add" not in rates:
         raise ValueError("no rates for elementwise operators")
     return Profile(str(data["name"]), rates, int(data["block"]))
+
+
+def table(profile: Profile) -> str:
+    """A profile for a terminal."""
+
+    def giga(rate: float) -> str:
+        return "" if math.isinf(rate) else f"{rate / 1e9:.1f}"
+
+    rows = [
+        [kind, f"{r.launch * 1e6:.1f}", giga(r.macs), giga(r.read), giga(r.written), giga(r.weights)]
+        for kind, r in profile.rates.items()
+    ]
+    headers = ["kernel", "launch, us", "GMAC/s", "read, GB/s", "written, GB/s", "weights, GB/s"]
+    return f"{profile.name}\n{tabulate(rows, headers=headers, disable_numparse=True)}"

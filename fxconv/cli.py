@@ -1,4 +1,4 @@
-"""The `fxconv` command: transform, explain, verify, recheck.
+"""The `fxconv` command: transform, explain, verify, recheck, calibrate.
 
 Reports go to stdout, progress and errors to stderr. Exit codes: 0 verified (transform, verify, recheck) or reported
 (explain); 1 not verified, or the models differ; 2 misuse, or something that could not be read or written.
@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     recheck.add_argument("result", metavar="result.pt2")
     _add_source(recheck)
     recheck.set_defaults(command=_recheck)
+
+    calibrate = commands.add_parser("calibrate", help="measure this machine for --profile local (under 30 seconds)")
+    calibrate.add_argument("--threads", type=int, metavar="N", help="threads of the models' runs (default: torch's)")
+    calibrate.add_argument("--json", action="store_true", help="the profile as JSON")
+    calibrate.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    calibrate.set_defaults(command=_calibrate)
     return parser
 
 
@@ -120,6 +126,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, help="what may be emitted (default: anything)")
     parser.add_argument("--objective", choices=OBJECTIVES, help="what is minimised (default: latency)")
     parser.add_argument("--capture", choices=CAPTURE, help="how the model becomes a graph (default: auto)")
+    parser.add_argument("--profile", metavar="NAME", help="device profile: default, arm, cuda, or local (`fxconv calibrate`)")
     parser.add_argument("--config", metavar="FILE.toml", help="options from the table [tool.fxconv] of a TOML file")
 
 
@@ -207,6 +214,25 @@ def _recheck(arguments: argparse.Namespace) -> int:
     return OK if good else UNVERIFIED
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .calibrate import cache_file, calibrate, table, to_json
+
+    before = torch.get_num_threads()
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ArgsError(f"--threads {arguments.threads}: give 1 or more")
+    try:
+        torch.set_num_threads(arguments.threads or before)
+        log.info("timing some 170 operators, with %d thread(s)", torch.get_num_threads())
+        profile = calibrate()
+        file = cache_file()
+    finally:
+        torch.set_num_threads(before)
+    _write(to_json(profile).rstrip() if arguments.json else f"{table(profile)}\nwritten to {file}")
+    return OK
+
+
 def _load(text: str, arguments: argparse.Namespace) -> Any:
     from . import sources
 
@@ -217,7 +243,7 @@ def _load(text: str, arguments: argparse.Namespace) -> Any:
 def _options(arguments: argparse.Namespace) -> Options:
     """The options of --config, with those given on the command line on top."""
     options = Options.from_toml(arguments.config) if arguments.config else Options()
-    given = {key: getattr(arguments, key, None) for key in ("objective", "target", "capture", "verify")}
+    given = {key: getattr(arguments, key, None) for key in ("objective", "target", "capture", "verify", "profile")}
     return options.replace(**{key: value for key, value in given.items() if value is not None})
 
 

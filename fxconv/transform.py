@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ from torch import fx
 
 from fxconv import fingerprint
 from fxconv.advice import advice
+from fxconv.axes import shape_of
 from fxconv.blame import bisect, reproduction
 from fxconv.capture import Captured, capture, restore_inplace
 from fxconv.clusters import Cutter, Pair
@@ -24,14 +25,15 @@ from fxconv.errors import VerificationError
 from fxconv.expr import Const, Leaf, Value
 from fxconv.law import Law
 from fxconv.lift import Lifter
-from fxconv.measure import Judge, Loser, example_sizes
+from fxconv.measure import Judge, Loser, example_sizes, whole
 from fxconv.options import Options
 from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
-from fxconv.program import fake_mode_of
+from fxconv.program import fake_mode_of, set_attribute
 from fxconv.report import Capture, Cost, Remark, Report, Rewrite, attach, read
 from fxconv.rounding import check_rounding
 from fxconv.search import Search
+from fxconv.spelling import user_name
 from fxconv.state import State
 from fxconv.verify_cluster import Verdict, check_cluster
 from fxconv.verify_model import ModelVerdict, check_model
@@ -143,11 +145,37 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
         outcome, result, verdict = _find_guilty(model, captured, options, outcome, verdict)
     outcome.timings["verify model"] = time.perf_counter() - clock
     record_weights(model, result, outcome.emitted)
-    record = _report(model, result, captured, options, outcome, verdict)
+    measured: dict[str, Any] = {}
+    if options.measure:
+        measured = whole(_callable(model), _callable(result), captured)
+        if measured and measured["high"] < 1.0:
+            logger.warning("the result is slower than the model (%.2f): all is taken back", measured["ratio"])
+            result, verdict, measured = *_undone(model, captured, options, outcome), {}
+    record = replace(_report(model, result, captured, options, outcome, verdict), measured=measured)
     if options.verify == "raise" and not record.verified and verdict is not None:
         if isinstance(verdict, ModelVerdict) and not verdict:
             raise VerificationError(f"the rewritten model is {verdict}")
     return result, record
+
+
+def _undone(
+    model: Any, captured: Captured, options: Options, outcome: Outcome
+) -> tuple[Any, ModelVerdict | None]:
+    """The model without any rewrite."""
+    for cluster in outcome.emitted.clusters:
+        take_back(outcome.state, cluster.value)
+    outcome.emitted = _emit(captured, outcome.state)
+    outcome.after = outcome.state.total
+    restore_inplace(outcome.emitted.gm)
+    outcome.emitted.gm.recompile()
+    result = captured.rebuild(outcome.emitted.gm)
+    return result, _verify_model(model, result, captured, options)
+
+
+def _callable(model: Any) -> Any:
+    from fxconv.verify_model import _module
+
+    return _module(model)
 
 
 def rewrite(captured: Captured, options: Options) -> Outcome:
@@ -158,15 +186,16 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)
-    sizes = example_sizes(captured, {s: hint for s, (_, _, hint) in symbols.items()})
+    sizes = example_sizes(captured, symbols)
     profile = load_profile(options.profile)
     if not profile.measured:
         captured.notes.append(f"times are predicted for {profile.name!r}, whose speeds nobody measured")
     model = CostModel(profile, sizes)
     state = State(lifter, model, TARGETS[options.target], options.objective)
+    state.target_name = options.target
     state.frozen = _frozen(captured.gm, lifter, options)
     state.load(_roots(captured.gm, lifter))
-    before = state.total
+    before = state.honest_total()
     search = Search(state, _laws(options))
     search.run()
     state.retract_impossible()
@@ -255,6 +284,15 @@ def _frozen(gm: fx.GraphModule, lifter: Lifter, options: Options) -> set[Value]:
     return frozen
 
 
+def _has(gm: fx.GraphModule, path: str) -> bool:
+    found: Any = gm
+    for part in path.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
 def module_path(node: fx.Node) -> str:
     """The qualified name of the module that a node belongs to, "" where it is not known."""
     if node.op == "call_module":
@@ -284,9 +322,29 @@ def symbol_ranges(gm: fx.GraphModule) -> Symbols:
     return out
 
 
+def example_sizes(captured: Captured, symbols: Symbols) -> dict[sympy.Symbol, int]:
+    """Values of the dynamic sizes for the cost model: those of the example inputs (a batch of 1 was captured at 2)."""
+    values = {s: hint for s, (_, _, hint) in symbols.items()}
+    given = [t for t in torch.utils._pytree.tree_leaves((captured.args, captured.kwargs)) if t is not None]
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    if len(given) != len(placeholders):
+        return values
+    for node, value in zip(placeholders, given, strict=True):
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and isinstance(value, torch.Tensor) and val.dim() == value.dim():
+            for size, n in zip(shape_of(val), value.shape, strict=True):
+                if isinstance(size, sympy.Symbol):
+                    values[size] = int(n)
+    return values
+
+
 def _emit(captured: Captured, state: State) -> Emitted:
     graph = copy.deepcopy(captured.gm.graph)
     gm = fx.GraphModule(captured.gm, graph, captured.gm.__class__.__name__)
+    # A GraphModule copies what its graph reads; a program's signature may name more (num_batches_tracked).
+    for name, value in (*captured.gm.named_parameters(), *captured.gm.named_buffers()):
+        if not _has(gm, name):
+            set_attribute(gm, name, value)
     gm.meta = dict(captured.gm.meta)
     twins = dict(zip(captured.gm.graph.nodes, gm.graph.nodes, strict=True))
     return Emitter(state, gm, twins, captured.dialect).run()
@@ -509,7 +567,7 @@ def _report(
         advice=advice(captured.gm),
         barriers=counts,
         cost_before=_cost(outcome.before),
-        cost_after=_cost(state.total),
+        cost_after=_cost(state.honest_total()),
         verification=verification,
         timings=outcome.timings,
         hashes={"before": fingerprint.weights_hash(model), "after": fingerprint.weights_hash(result)},
@@ -543,10 +601,29 @@ def remarks(outcome: Outcome) -> tuple[Remark, ...]:
     for loser in outcome.slower:
         laws = ", ".join(outcome.search.laws_of(loser.cluster.value))
         out.setdefault((loser.cluster.node, laws, "slower"), Remark("missed", loser.cluster.node, laws, loser.reason))
+    for v in state.forbidden():
+        name = state.originals[v].node.name
+        reason = f"target={state.target_name!r} forbids this operator, and no other form was found"
+        out[name, "target", reason] = Remark("refused", name, "target", reason)
     for node, reason in state.lifter.lifted.barriers.items():
         if reason and any(isinstance(a, fx.Node) and a in state.lifter.lifted.ops for a in node.all_input_nodes):
             out.setdefault((node.name, "", reason), Remark("barrier", node.name, "", reason))
+    for node, op in state.lifter.lifted.ops.items():
+        if op.name in NONLINEAR and _between_affine(state, node):
+            reason = f"{user_name(node, state.lifter.gm)} is not affine"
+            out.setdefault((node.name, "", reason), Remark("barrier", node.name, "", reason))
     return tuple(out.values())
+
+
+NONLINEAR = frozenset(("relu", "leaky_relu", "prelu", "max_pool", "norm_affine"))
+"""Operators that are lifted, since a scale passes through them or follows them, and still part two affine ones."""
+
+
+def _between_affine(state: State, node: fx.Node) -> bool:
+    """Whether a node reads what an affine operator computes, and an affine operator reads it."""
+    ops = state.lifter.lifted.ops
+    around = (node.all_input_nodes, list(node.users))
+    return all(any(n in ops and ops[n].name not in NONLINEAR for n in side) for side in around)
 
 
 def nearest_node(state: State, v: Value) -> fx.Node | None:
