@@ -63,11 +63,14 @@ class Law:
             taken back.
         late: whether the law is only tried where the others have nothing left to do: its result hides structure that
             they could use.
+        margin: what share of the time of what it replaces a move must save, where the cost model does not see all that
+            it brings about.
     """
 
     name: str
     apply: Callable[[Value, Context], Iterable[Outcome]]
     late: bool = False
+    margin: float = 0.0
 
     def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:
         yield from self.apply(v, context)

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fxconv.algebra import as_value, normal
-from fxconv.cost import smallest_gain
+from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, view
 from fxconv.law import Context, Joint, Law, Refusal
 from fxconv.refs import make_sum
-from fxconv.state import State
+from fxconv.state import IMPOSSIBLE, State
 
 logger = logging.getLogger("fxconv")
 
@@ -63,6 +63,13 @@ def _substituted(v: Value, old: Value, new: Value) -> Value:
     return as_value(view(new, node.splits, node.groups))
 
 
+Trial = tuple[float, Price, list[Step]]
+"""What a move led to: the score, everything's price, and the move."""
+
+WEIGHED = frozenset(("compose", "merge branches", "distribute", "commute", "merge siblings"))
+"""Laws whose legal proposals are reported where they do not pay; the others only ever help another one."""
+
+
 @dataclass
 class Search:
     """One search over a state."""
@@ -72,6 +79,8 @@ class Search:
     budget: Budget = field(default_factory=Budget)
     refusals: dict[tuple[int, str, str], Missed] = field(default_factory=dict)
     applied: dict[Value, list[str]] = field(default_factory=dict)
+    untaken: dict[Value, dict[str, Missed]] = field(default_factory=dict)
+    _tried: list[Trial] = field(default_factory=list)
     _trials: int = 0
     _most_macs: float = 0.0
 
@@ -86,6 +95,10 @@ class Search:
         late, self.laws = [law for law in laws if law.late], laws
         if late:
             self._run([v for v in self._order() if any(not isinstance(o, Refusal) for w in late for o in w(v, self.context))])
+        for v, by_law in self.untaken.items():
+            if v in self.state.uses:
+                for law, missed in by_law.items():
+                    self.refusals.setdefault((v.id, law, "does not pay"), missed)
 
     def _run(self, queue: list[Value]) -> None:
         queued = set(queue)
@@ -123,13 +136,45 @@ class Search:
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        if best is None or best[0] > start - smallest_gain(state.objective):
+        if best is None or best[0] > start - self._least_gain(v, [s[2] for s in best[1]]):
+            self.untaken[v] = self._losses(v)
             return []
+        self.untaken.pop(v, None)
         touched: list[Value] = []
         for x, new, law in best[1]:
             touched += self._take(x, new, law)
         logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
         return self._neighbourhood(touched)
+
+    def _least_gain(self, v: Value, laws: list[str]) -> float:
+        """What steps must gain; the same expression in another spelling, a tenth of what it costs."""
+        least = smallest_gain(self.state.objective)
+        if set(laws) == {"restate"}:
+            return max(least, 0.1 * score(self.state.prices[v], self.state.objective))
+        return least
+
+    def _losses(self, v: Value) -> dict[str, Missed]:
+        """Per law, the best of the moves at v that were legal and did not pay, with what it would have cost."""
+        state, out = self.state, dict[str, Missed]()
+        now = Price()
+        for x in (v, *state.reads(v)):
+            now = now + state.prices.get(x, Price())
+        for s, total, steps in self._tried:
+            law = steps[0][2]
+            impossible = total.launches - state.total.launches > IMPOSSIBLE.launches / 2
+            loses = s > state.score() + smallest_gain(state.objective) or total.macs > self._most_macs
+            if law not in WEIGHED or law in out or impossible or not loses:
+                continue
+            then = now + (total - state.total)
+            what = [f"{now.macs:,.0f} → {then.macs:,.0f} multiply-adds", f"{now.seconds * 1e6:.1f} → {then.seconds * 1e6:.1f} µs"]
+            if state.objective in ("params", "launches"):
+                unit = {"params": "parameters", "launches": "launches"}[state.objective]
+                a, b = getattr(now, state.objective), getattr(then, state.objective)
+                what.insert(0, f"{a:,.0f} → {b:,.0f} {unit}")
+            others = [o for o in OBJECTIVES if o != state.objective and score(then, o) < score(now, o) - smallest_gain(o)]
+            would = f"objective={others[0]!r}" if others else ""
+            out[law] = Missed(v, law, f"does not pay: {', '.join(what)}", would)
+        return out
 
     def _take(self, x: Value, new: Value, law: str) -> list[Value]:
         self.state.redefine(x, new)
@@ -201,6 +246,14 @@ class Search:
                         found.append([(v, _substituted(v, t, outcome), law.name)])
         return found
 
+    def _margin(self, steps: Sequence[Step]) -> float:
+        """What a move must save before it counts."""
+        state = self.state
+        margin = next((law.margin for law in self.laws if law.name == steps[0][2]), 0.0)
+        if not margin or state.objective != "latency":
+            return 0.0
+        return margin * sum(score(state.prices.get(x, Price()), "latency") for x, _, _ in steps)
+
     def _redefine(self, steps: Sequence[Step]) -> bool:
         changed = False
         for x, new, _ in steps:
@@ -210,7 +263,7 @@ class Search:
     def _explore(self, focus: Sequence[Value], depth: int, start: float) -> tuple[float, list[Step]] | None:
         """The best outcome of up to ``depth`` moves on the values in focus: (score, steps); the state is left as found."""
         state = self.state
-        tried: list[tuple[float, float, list[Step]]] = []
+        tried: list[Trial] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
             if x not in state.uses or x in state.frozen:
@@ -221,23 +274,27 @@ class Search:
                 if any(y in state.frozen for y, _, _ in steps):
                     continue
                 self._trials += 1
+                margin = self._margin(steps)
                 mark = state.mark()
                 if self._redefine(steps):
                     first, _, law = steps[0]
                     key = (first.id, first.node if law != "restate" else "restate")
                     if key not in seen:
                         seen.add(key)
-                        tried.append((state.score(), state.total.macs, steps))
+                        tried.append((state.score() + margin, state.total, steps))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
+        if depth == self.budget.depth:
+            self._tried = tried
         best: tuple[float, list[Step]] | None = None
-        for s, macs, steps in tried[: self.budget.beam]:
-            if macs <= self._most_macs and (best is None or s < best[0]):
+        for s, total, steps in tried[: self.budget.beam]:
+            if total.macs <= self._most_macs and (best is None or s < best[0]):
                 best = (s, list(steps))
         if depth > 1:
             for _, _, steps in tried[: self.budget.beam]:
                 if self._trials >= self.budget.trials:
                     break
+                margin = self._margin(steps)
                 mark = state.mark()
                 self._redefine(steps)
                 nearby = [x for x, _, _ in steps]
@@ -245,6 +302,6 @@ class Search:
                 nearby += [u for x, _, _ in steps for u in state.users.get(x, ()) if u not in nearby]
                 deeper = self._explore(nearby, depth - 1, start)
                 state.undo(mark)
-                if deeper is not None and (best is None or deeper[0] < best[0] - 1e-9 * abs(best[0])):
-                    best = (deeper[0], [*steps, *deeper[1]])
+                if deeper is not None and (best is None or deeper[0] + margin < best[0] - 1e-9 * abs(best[0])):
+                    best = (deeper[0] + margin, [*steps, *deeper[1]])
         return best
