@@ -56,8 +56,15 @@ def plans(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) ->
 def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> Captured:
     use_args, use_kwargs = shapes.doubled(args, kwargs, _given(plan)) if plan.double else (args, kwargs)
     use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
-    twin = structural_copy(model)
-    program = run_export(twin, use_args, use_kwargs, plan.dynamic)
+    try:
+        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic)
+    except NotImplementedError:
+        # sympy, asked to solve (h // 32) = 1, which a feature map that is one element high asks.
+        images = shapes.image_dims((use_args, use_kwargs))
+        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, images) if plan.dynamic == "all" else None
+        if larger is None:
+            raise
+        program = larger
     pinned, only_ones = _pinned_dims(program)
     if pinned and plan.dynamic in ("all", "batch"):
         larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned) if only_ones else None

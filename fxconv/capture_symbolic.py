@@ -117,8 +117,7 @@ def _fixed_sizes(gm: fx.GraphModule, chosen: Any) -> set[tuple[str, int]]:
 def _larger(inputs: tuple[Any, Any], dynamic: Any) -> list[tuple[tuple[Any, Any], Any]]:
     """Larger images, in whose feature maps no size is 1 (which would pin the size of the image)."""
     leaves = pytree.tree_leaves(inputs)
-    images = {(i, d) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.dim() > 3
-              for d in range(2, v.dim())}  # fmt: skip
+    images = shapes.image_dims(inputs)
     if dynamic != "all" or not images or any(leaves[i].numel() > 2**20 for i, _ in images):
         return []
     return [(shapes.enlarged(*inputs, images, 4), dynamic)]

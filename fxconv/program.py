@@ -189,7 +189,7 @@ def _finish_outputs(program: ExportedProgram, graph: fx.Graph, env: dict[fx.Node
 
 
 def _block_of(node: fx.Node) -> int | None:
-    """Where the arguments of a block that can be inlined hold its graph: ``no_grad()`` and ``autocast(enabled=False)``."""
+    """Which argument of a block that can be inlined holds its graph: ``no_grad()``, ``autocast(enabled=False)``."""
     higher = torch.ops.higher_order
     if node.op != "call_function":
         return None

@@ -84,6 +84,14 @@ def _dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes
     return found
 
 
+def image_dims(inputs: Any) -> set[tuple[int, int]]:
+    """(leaf index, dim) of the heights and widths among the inputs."""
+    leaves = pytree.tree_leaves(inputs)
+    return {
+        (i, d) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.dim() > 3 for d in range(2, v.dim())
+    }
+
+
 def enlarged(args: Any, kwargs: Any, dims: set[tuple[int, int]], factor: int) -> tuple[Any, Any]:
     """The inputs repeated ``factor`` times along the given (leaf index, dim)."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -205,9 +213,27 @@ def pinned_symbols(environment: ShapeEnv) -> tuple[set[Any], bool]:
         if isinstance(expr, sympy.Eq):
             expr = expr.subs(environment.replacements)
             if isinstance(expr, sympy.Eq) and (expr.lhs.is_number or expr.rhs.is_number):
-                pinned |= expr.free_symbols
-                ones = ones and (expr.lhs == 1 or expr.rhs == 1)
+                found = _determined(expr, environment)
+                pinned |= found
+                ones = ones and (not found or expr.lhs == 1 or expr.rhs == 1)
     return pinned, ones
+
+
+def _determined(equation: sympy.Eq, environment: ShapeEnv) -> set[Any]:
+    """The symbols of an equation that cannot be scaled without breaking it: none in ``h % 4 = 0`` or ``2·h // h = 2``."""
+    hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    values = {s: sympy.Integer(int(hints[s])) for s in equation.free_symbols if s in hints}
+
+    def holds(scaled: set[Any]) -> bool:
+        for factor in (2, 3, 5):
+            tried = {s: value * factor if s in scaled else value for s, value in values.items()}
+            if equation.xreplace(tried) is sympy.true:
+                return True
+        return False
+
+    if holds(set(values)):
+        return set()
+    return {s for s in values if not holds({s})}
 
 
 # ----------------------------------------------------------------- what the capture assumed about sizes

@@ -28,7 +28,7 @@ torch.manual_seed(0)
 
 
 def execute(op: Op, x: list[Any], like: torch.Tensor) -> torch.Tensor:
-    """The value of a canonical operator on real tensors; ``like`` is the node's value, for sizes that it leaves open."""
+    """The value of a canonical operator on real tensors; ``like`` is the node's value, for sizes left open."""
     a = op.attrs
     match op.name:
         case "conv":
@@ -252,7 +252,8 @@ ROWS: list[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]], set[str]]]
      {"sub", "div", "mul", "neg", "add"}),
     ("alpha", lambda: Fn2(lambda m, x, y: torch.add(x, y, alpha=2).sub(y, alpha=3)), [IMAGE, IMAGE], {"add", "sub"}),
     ("rsub", lambda: Fn2(lambda m, x, y: torch.rsub(x, y, alpha=3)), [IMAGE, IMAGE], {"sub"}),
-    ("methods", lambda: Fn2(lambda m, x, y: x.add(y).mul(2).div(y).neg()), [IMAGE, IMAGE], {"add", "mul", "div", "neg"}),
+    ("methods", lambda: Fn2(lambda m, x, y: x.add(y).mul(2).div(y).neg()), [IMAGE, IMAGE],
+     {"add", "mul", "div", "neg"}),
     ("avg_pool", lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), [IMAGE], {"avg_pool"}),
     ("avg_pool divisor", lambda: nn.AvgPool2d((2, 3), divisor_override=5), [IMAGE], {"avg_pool"}),
     ("F.avg_pool1d", lambda: Fn1(lambda m, x: F.avg_pool1d(x, 2)), [(2, 3, 7)], {"avg_pool"}),
@@ -286,7 +287,8 @@ ROWS: list[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]], set[str]]]
     ("narrow", lambda: Fn1(lambda m, x: x.narrow(-1, 2, 4)), [IMAGE], {"slice"}),
     ("split", lambda: Fn1(lambda m, x: x.split([1, 2, 3], dim=1)[2].sum(1) - x.split(4, 1)[1].sum(1)), [IMAGE],
      {"slice"}),
-    ("chunk", lambda: Fn1(lambda m, x: operator.sub(torch.chunk(x, 2, dim=-1)[0], x.chunk(2, 3)[1])), [IMAGE], {"slice"}),
+    ("chunk", lambda: Fn1(lambda m, x: operator.sub(torch.chunk(x, 2, dim=-1)[0], x.chunk(2, 3)[1])), [IMAGE],
+     {"slice"}),
     ("tensor_split", lambda: Fn1(lambda m, x: x.tensor_split(3, dim=1)[1]), [(2, 8, 3)], {"slice"}),
     ("unbind", lambda: Fn1(lambda m, x: x.unbind(1)[2]), [IMAGE], {"select"}),
     ("reshape", lambda: Fn1(lambda m, x: x.view(2, -1, 5).reshape(x.size(0), 3, -1).flatten(1).unflatten(1, (4, -1))),
