@@ -4,6 +4,7 @@
 was done, what was not, and why.
 """
 
+from fxconv.densify import DensifyError, densify
 from fxconv.errors import (
     ArgsError,
     CaptureError,
@@ -26,6 +27,7 @@ from fxconv.weight_map import WeightMap, weight_map
 __all__ = [
     "ArgsError",
     "CaptureError",
+    "DensifyError",
     "FxconvError",
     "Law",
     "NotAModuleError",
@@ -38,6 +40,7 @@ __all__ = [
     "WeightMap",
     "__version__",
     "backend",
+    "densify",
     "explain",
     "report",
     "transform",
