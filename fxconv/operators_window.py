@@ -366,6 +366,49 @@ def _roll(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     return ref
 
 
+@rule("flip")
+def _flip(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
+    ref = lifter.ref(op.inputs[0])
+    for d in op.attrs["dims"]:
+        n = ref.shape[d]
+        if not is_static(n):
+            raise LiftError(f"a flip of an axis of dynamic size {n}")
+        ref = gather(ref, d, tuple(reversed(range(int(n)))))
+    return ref
+
+
+@rule("index_select")
+def _index_select(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
+    ref, d = lifter.ref(op.inputs[0]), int(op.attrs["dim"])
+    index = op.attrs["index"]
+    if index is None:
+        if not lifter.is_constant(op.inputs[1]):
+            raise LiftError("indices that are no constants")
+        index = tuple(lifter.constants.value(op.inputs[1]).tolist())
+    n = ref.shape[d]
+    if not is_static(n):
+        raise LiftError(f"entries by index of an axis of dynamic size {n}")
+    return gather(ref, d, tuple(int(i) % int(n) for i in index))
+
+
+def gather(ref: Ref, d: int, index: tuple[int, ...]) -> Ref:
+    """Entries of a dim by their indices: a contraction with rows of the identity, that is never computed as one."""
+    n = int(ref.shape[d])
+    if not index:
+        raise LiftError("an empty selection")
+    step = index[1] - index[0] if len(index) > 1 else 1
+    if step > 0 and index == tuple(range(index[0], index[-1] + 1, step)):
+        return place(ref, {d: (index[0], len(index))}, {d: step})
+    x, slots = arrange(ref, [(n,) if i == d else None for i in range(len(ref.dims))])
+    roles: list[Role] = [New(len(index)) if i == slots[d][0] else Kept(i) for i in range(x.rank)]
+
+    def rows() -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(index), n).double()
+
+    out = make_map(x, roles, kernels.derive((len(index), n), ("gather", index), (), rows))
+    return Ref(out, tuple(_without_ones(tuple(s), out.sizes) for s in slots))
+
+
 # -- Patches ----------------------------------------------------------------------------------------------------------
 
 

@@ -202,6 +202,32 @@ def select(c: Context, input: Any, dim: Any, index: Any) -> Op:
     return make_select(c, input, c.dim(input, dim), index)
 
 
+def make_gather(c: Context, x: Any, dim: int, index: Any) -> Op | Barrier:
+    """Entries of one dim by a vector of indices."""
+    t = c.tensor(index)
+    if t.dim() != 1 or t.dtype == torch.bool:
+        return Barrier(f"indexing by a tensor of {t.dtype} of rank {t.dim()}")
+    return c.make("index_select", (x, index), dim=dim, index=None)
+
+
+@spelling("index_select")
+def index_select(c: Context, input: Any, dim: Any, index: Any) -> Op | Barrier:
+    return make_gather(c, input, c.dim(input, dim), index)
+
+
+@spelling("aten.index")
+def aten_index(c: Context, input: Any, indices: Any) -> Op | Barrier:
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(given) != 1:
+        return Barrier(f"indexing by {len(given)} tensors")
+    return make_gather(c, input, *given[0])
+
+
+def _alone(keys: list[Any], k: Any) -> bool:
+    """Whether every other index takes a whole dim."""
+    return all(other is k or other == slice(None) for other in keys if other is not k)
+
+
 def tensor_getitem(c: Context, x: Any, key: Any) -> Op | Barrier:
     """Basic python indexing of a tensor: ints, slices, None, Ellipsis."""
     keys = list(key) if isinstance(key, tuple) else [key]
@@ -220,10 +246,12 @@ def tensor_getitem(c: Context, x: Any, key: Any) -> Op | Barrier:
         size = c.tensor(x).shape[dim]
         if isinstance(k, slice):
             items.append(("slice", *(slice_bounds(c, size, k.start, k.stop, k.step) or (0, None, 1))))
+        elif isinstance(k, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in k) and _alone(keys, k):
+            return c.make("index_select", (x,), dim=dim, index=tuple(k))
         elif isinstance(k, bool) or isinstance(k, (list, torch.Tensor)):
             return Barrier(f"indexing by a {type(k).__name__}")
         elif isinstance(k, fx.Node) and isinstance(c.value(k), torch.Tensor):
-            return Barrier("indexing by a tensor")
+            return make_gather(c, x, dim, k) if _alone(keys, k) else Barrier("indexing by a tensor and something else")
         else:
             items.append(("select", make_select(c, x, dim, k).attrs["index"]))
         dim += 1
