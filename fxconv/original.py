@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from fxconv.axes import Size, product, shape_of
+from fxconv.axes import Size, as_size, product, shape_of
 from fxconv.kernel import Kernel
 from fxconv.plan import Step
 
@@ -84,3 +85,41 @@ def _contracted_size(weight: Kernel, in_shape: tuple[Size, ...], shape: tuple[Si
     if b == out and b == in_shape[-1] and a != in_shape[-1]:
         return a
     return b if a == out else a
+
+
+def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> Iterator[tuple[Step, int]]:
+    """The copies that layout operators make between an operator and what it reads, and how many readers share each.
+
+    A permute is a view, and so is a reshape of dims that are neighbours in memory; a reshape after a permute copies.
+
+    Args:
+        lifter: the lifted graph.
+        op: the operator.
+        number: the value of a dynamic size.
+    """
+    for operand in op.inputs:
+        n = operand
+        while isinstance(n, fx.Node) and (layout := lifter.lifted.ops.get(n)) is not None and layout.name in FREE:
+            source = layout.inputs[0]
+            if not isinstance(source, fx.Node):
+                break
+            if _copies(n, layout, source, number):
+                yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), max(len(n.users), 1)
+            n = source
+
+
+def _copies(node: fx.Node, op: Op, source: fx.Node, number: Callable[[Size], float]) -> bool:
+    if op.name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
+        return True
+    if op.name != "reshape":
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    sizes = [int(number(as_size(s))) for s in before.shape]
+    strides = [int(number(as_size(s))) for s in before.stride()]
+    try:
+        torch.empty_strided(sizes, strides, device="meta").view([int(number(as_size(s))) for s in after.shape])
+    except RuntimeError:
+        return True
+    return False

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from fxconv.axes import as_size
+from fxconv.axes import as_size, shape_of
 from fxconv.cost import CostModel, Price, score
 from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, operands, walk
 from fxconv.lift import Lifter
-from fxconv.original import original_steps
+from fxconv.original import layout_copies, original_steps
 from fxconv.plan import Chain, Layout, Plan, Step, Target, plan_map, plan_view
 from fxconv.strides import reading, sliced_at
 from fxconv.sums import concatenated, plan_sum
@@ -49,6 +49,7 @@ class State:
     model: CostModel
     target: Target
     objective: str
+    target_name: str | None = None
     originals: dict[Value, Original] = field(default_factory=dict)
     uses: dict[Value, int] = field(default_factory=dict)
     users: dict[Value, dict[Value, int]] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class State:
     def load(self, roots: Iterable[Value]) -> None:
         """Take over a lifted graph; ``roots`` are the values that barriers and outputs read."""
         lifted = self.lifter.lifted
+        counted: set[fx.Node] = set()
         for value, node in lifted.producers.items():
             ref = lifted.refs[node]
             op = lifted.ops.get(node)
@@ -74,8 +76,14 @@ class State:
             price = Price()
             for step in steps:
                 price = price + self.model.price(step)
+            if op is not None and steps:
+                for step, sharing in layout_copies(self.lifter, op, self.model.number):
+                    price = price + self.model.price(step).times(1 / sharing)
             reads: list[Value] = []
             for operand in op.inputs if op is not None else ():
+                if isinstance(operand, fx.Node):
+                    # Weights computed in the graph are computed anew at every call.
+                    price = price + self._constant_price(operand, counted)
                 if isinstance(operand, fx.Node) and (found := lifted.refs.get(operand)) is not None:
                     reads.append(found.value)
             allowed = all(self._allowed(step) for step in steps)
@@ -89,6 +97,32 @@ class State:
         self.roots = list(dict.fromkeys(roots))
         for v in self.roots:
             self._use(v, None)
+
+    def _constant_price(self, node: fx.Node, counted: set[fx.Node]) -> Price:
+        """What the original graph spends on a constant that it computes, charged to the first reader."""
+        price, stack = Price(), [node]
+        while stack:
+            n = stack.pop()
+            if n in counted or not n.op.startswith("call_") or not self.lifter.is_constant(n):
+                continue
+            counted.add(n)
+            val = n.meta.get("val")
+            if isinstance(val, torch.Tensor):
+                shape = shape_of(val)
+                price = price + self.model.price(Step("scale", shape, shape))
+            stack.extend(n.all_input_nodes)
+        return price
+
+    def honest_total(self) -> Price:
+        """The total with operators that the target forbids at their own price, not the search's penalty."""
+        total = Price()
+        for v in self.uses:
+            total = total + (self.originals[v].price if self.unchanged(v) else self.prices.get(v, Price()))
+        return total
+
+    def forbidden(self) -> list[Value]:
+        """Values that are still computed by an operator that the target forbids."""
+        return [v for v in self.uses if self.unchanged(v) and not self.originals[v].allowed]
 
     def _memory(self, node: fx.Node, dims: Layout) -> Layout:
         val = node.meta.get("val")

@@ -23,8 +23,8 @@ PARAMETER = nn.Parameter
 # --- work moves to where it is cheap -------------------------------------------------------------------------------
 
 
-def pointwise_avgpool(rank: int = 2) -> Made:
-    layers = {"conv": conv(rank)(64, 96, 1)}
+def pointwise_avgpool(rank: int = 2, width: int = 96) -> Made:
+    layers = {"conv": conv(rank)(64, width, 1)}
     return layers, lambda s, x: s.avg_pool(s.conv(x), 2, rank)
 
 
@@ -71,12 +71,12 @@ MOVES = (
         ((2, 64, 28, 36),),
         {"max_macs_ratio": 0.25, "before": ("avg_pool", "conv|linear")},
     ),
-    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
+    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1, 256), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
     Row("pointwise_avgpool_3d", lambda: pointwise_avgpool(3), ((2, 64, 6, 8, 10),), {"max_macs_ratio": 0.125}, ONCE),
     Row(
         "transition",  # DenseNet's
-        lambda: chain(norm=bn(64), act=nn.ReLU(), conv=nn.Conv2d(64, 32, 1, bias=False), pool=nn.AvgPool2d(2, 2)),
-        ((2, 64, 28, 36),),
+        lambda: chain(norm=bn(256), act=nn.ReLU(), conv=nn.Conv2d(256, 128, 1, bias=False), pool=nn.AvgPool2d(2, 2)),
+        ((2, 256, 28, 36),),
         {"max_macs_ratio": 0.25, "ops": {"batch_norm": 1}, "before": ("avg_pool", "conv|linear")},
         (("module", "export"), ("functional", "export"), ("module", "symbolic")),
     ),
@@ -251,8 +251,16 @@ LAYOUTS = (
     ),
     # An index takes more channels than there were, which the capture was specialised to: no other sizes.
     Row("flip_channels", lambda: permuted("flip"), ((2, 12, 5, 7),), {"ops": {"conv": 1, **NO_VIEWS}}, ONCE),
-    Row("index_select_channels", lambda: permuted("select"), ((2, 12, 5, 7),), {"sizes": False, "ops": {"conv": 1, **NO_VIEWS}}, ONCE),
-    Row("index_channels", lambda: permuted("index"), ((2, 12, 5, 7),), {"sizes": False, "ops": {"conv": 1, **NO_VIEWS}}, ONCE),
+    *(
+        Row(
+            f"index{suffix}_channels",
+            lambda index=index: permuted(index),  # type: ignore[misc]
+            ((2, 12, 5, 7),),
+            {"sizes": False, "ops": {"conv": 1, **NO_VIEWS}},
+            ONCE,
+        )
+        for suffix, index in (("_select", "select"), ("", "index"))
+    ),
     # 12*32*9 + 8*40*9 -> 12*8*9 + 8*40*9: 0.591
     Row("unread_channels", sliced_convs, ((2, 12, 6, 8),), {"max_macs_ratio": 0.592, "ops": {"conv": 2, "slice": 0}}),
     Row("dead_taps_1", lambda: dead_taps(1, 3), ((2, 8, 6, 9),), {"max_macs_ratio": 0.112, "ops": {"conv+linear": 1}}),
