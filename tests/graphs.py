@@ -139,6 +139,8 @@ def kind_of(node: fx.Node, gm: fx.GraphModule) -> str:
     if node.op in ("placeholder", "output", "get_attr") or not is_tensor(node):
         return ""
     name = name_of(node, gm)
+    if name.startswith("assert"):
+        return ""  # a guard on sizes
     kind = _KIND.get(name, name)
     if is_constant(node):
         return "" if kind in FREE else "constant"  # a transposed weight is free, a computed one is work at every call
