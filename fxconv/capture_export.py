@@ -19,7 +19,7 @@ from fxconv import shapes
 from fxconv.captured import Captured, bare_squeezes, frozen_reason, quiet
 from fxconv.errors import CaptureError, TrainingModeError
 from fxconv.functional import functionalise
-from fxconv.hazards import training_ops
+from fxconv.hazards import check_not_quantised, training_ops
 from fxconv.program import Layout, fake_mode_of, relift, unlift
 from fxconv.result import finish, set_convention
 from fxconv.structure import structural_copy
@@ -239,6 +239,7 @@ def unlifted(program: ExportedProgram, flat: bool) -> _Unlifted:
 
 
 def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Captured:
+    check_not_quantised(program.graph_module)
     example = program.example_inputs
     if args is None and example is not None:
         args, kwargs = tuple(example[0]), dict(example[1])

@@ -42,12 +42,19 @@ def check_model(model: Any) -> None:
             f"{model.original_name} is a ScriptModule, which has no Python forward to capture: "
             "pass the nn.Module that it was scripted or traced from"
         )
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        raise CaptureError(
+            "torch.autocast is active, and would bake its casts into the graph: transform outside of it, and run the "
+            "result inside"
+        )
     if not isinstance(model, nn.Module):
         raise NotAModuleError(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}; "
             "wrap a function in an nn.Module whose forward calls it"
         )
     _check_training(model)
+    if isinstance(model, torch.fx.GraphModule):
+        check_not_quantised(model)
     for name, module in model.named_modules():
         if _is_quantised(module):
             raise CaptureError(
@@ -61,6 +68,30 @@ def check_model(model: Any) -> None:
             raise CaptureError(f"{name} is on the meta device and has no values: load the weights first")
         if tensor.is_quantized:
             raise CaptureError(f"{name} is a quantised tensor ({tensor.dtype}): transform the float model instead")
+
+
+_QUANTISED = ("quantized_decomposed", "quantized", "torchao", "pt2e_quant")
+_OBSERVERS = {"ObserverBase", "AffineQuantizedObserverBase", "FakeQuantizeBase"}
+
+
+def check_not_quantised(gm: torch.fx.GraphModule) -> None:
+    """Refuse a graph that a quantiser has been at.
+
+    Raises:
+        CaptureError: the graph has observers (``prepare_pt2e``) or quantised operators (``convert_pt2e``).
+    """
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _QUANTISED:
+            raise CaptureError(
+                f"the graph is quantised ({node.name}: {node.target}): it rounds between operators, so nothing is affine "
+                "across them; transform the float model, then quantise"
+            )
+    for name, module in gm.named_modules():
+        if any(base.__name__ in _OBSERVERS for base in type(module).__mro__):
+            raise CaptureError(
+                f"the graph is prepared for quantisation ({name}: {type(module).__name__}): what its observers have "
+                "seen would not hold for rewritten operators; transform the float model, then prepare it"
+            )
 
 
 def _is_quantised(module: nn.Module) -> bool:
