@@ -116,14 +116,28 @@ def samples() -> Iterator[Sample]:
         (512, 512, 7), (256, 1024, 14), (960, 1280, 1), (128, 1000, 1),
     ):  # fmt: skip
         yield conv(1, i, o, size, 1)
-    for i, o, size, k in ((64, 64, 3136, 3), (16, 16, 4096, 3), (128, 128, 400, 7), (64, 64, 1000, 1), (32, 64, 2000, 5)):
+    for i, o, size, k in (
+        (64, 64, 3136, 3),
+        (16, 16, 4096, 3),
+        (128, 128, 400, 7),
+        (64, 64, 1000, 1),
+        (32, 64, 2000, 5),
+    ):
         yield conv(1, i, o, size, k, nd=1)
     for c, size, k, stride in (
         (16, 112, 3, 1), (32, 112, 3, 2), (64, 56, 3, 1), (64, 56, 5, 1), (128, 28, 7, 1), (256, 14, 3, 1), (512, 7, 3, 1),
         (512, 7, 7, 1), (8, 8, 3, 1), (48, 14, 7, 1),
     ):  # fmt: skip
         yield conv(1, c, c, size, k, stride, c)
-    for c, size, groups in ((64, 56, 2), (64, 56, 4), (128, 28, 32), (256, 14, 32), (32, 8, 4), (64, 28, 16), (256, 14, 4)):
+    for c, size, groups in (
+        (64, 56, 2),
+        (64, 56, 4),
+        (128, 28, 32),
+        (256, 14, 32),
+        (32, 8, 4),
+        (64, 28, 16),
+        (256, 14, 4),
+    ):
         yield conv(1, c, c, size, 3, 1, groups)
     for i, o, size, k, stride, padding in (
         (64, 64, 28, 2, 2, 0), (128, 64, 28, 3, 2, 1), (16, 16, 32, 4, 2, 1), (256, 256, 14, 4, 2, 1), (64, 64, 28, 3, 1, 1),
@@ -136,7 +150,14 @@ def samples() -> Iterator[Sample]:
         (1024, 64, 64), (1024, 256, 256), (4096, 32, 128), (16, 32, 32), (16, 512, 1000), (4, 64, 64),
     ):  # fmt: skip
         yield linear(rows, i, o)
-    for c, size, k, stride in ((64, 56, 2, 2), (64, 28, 3, 1), (256, 14, 2, 2), (512, 7, 7, 7), (8, 8, 2, 2), (64, 28, 4, 4)):
+    for c, size, k, stride in (
+        (64, 56, 2, 2),
+        (64, 28, 3, 1),
+        (256, 14, 2, 2),
+        (512, 7, 7, 7),
+        (8, 8, 2, 2),
+        (64, 28, 4, 4),
+    ):
         yield pool(c, size, k, stride)
     for mode in ("nearest", "bilinear"):
         for c, size, factor in ((8, 8, 2), (64, 28, 2), (256, 14, 2), (64, 28, 4), (128, 64, 2)):
@@ -203,7 +224,12 @@ def _fit_kind(rows: list[tuple[tuple[float, ...], float]]) -> Rates:
             continue
         part = a[:, columns]
         size = part.norm(dim=0)
-        x = torch.linalg.lstsq(part / size, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd").solution[:, 0] / size
+        x = (
+            torch.linalg.lstsq(part / size, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd").solution[
+                :, 0
+            ]
+            / size
+        )
         if bool((x < 0).any()):
             continue
         error = float((part @ x - 1).square().sum())
