@@ -59,7 +59,7 @@ def _leaves(args: Any, kwargs: Any, dynamic_shapes: Any) -> tuple[list[Any], lis
     new = []
     for leaf, dynamic in zip(leaves, allowed, strict=True):
         if dynamic and isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 and leaf.shape[0] == 1:
-            leaf = leaf.detach().expand(2, *leaf.shape[1:]).contiguous()
+            leaf = torch.cat([leaf.detach()] * 2)  # keeps channels_last, which expand().contiguous() would not
         new.append(leaf)
     return leaves, new
 
@@ -220,7 +220,7 @@ def pinned_symbols(environment: ShapeEnv) -> tuple[set[Any], bool]:
 
 
 def _determined(equation: sympy.Eq, environment: ShapeEnv) -> set[Any]:
-    """The symbols of an equation that cannot be scaled without breaking it: none in ``h % 4 = 0`` or ``2·h // h = 2``."""
+    """The symbols of an equation that cannot be scaled without breaking it: none in ``h % 4 = 0``, ``2·h // h = 2``."""
     hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
     values = {s: sympy.Integer(int(hints[s])) for s in equation.free_symbols if s in hints}
 
