@@ -1,10 +1,11 @@
 """``python -m benchmarks``: fxconv against everything a user would pick instead, and on top of it.
 
-Every comparison is paired: both sides run turn about in one process, and the ratio of each pair is taken first, then the
-median of the ratios with its 95 % interval. On one thread the clock is the process's processor time, which other programs
-on the machine don't take; on several it is the wall's.
+Every comparison is paired: both sides run turn about in one process, and the ratio of each pair is taken first, then
+the median of the ratios with its 95 % interval. On one thread the clock is the process's processor time, which other
+programs on the machine don't take; on several it is the wall's.
 
-Columns: *alone* is eager ÷ peer, for the original model; *on top* is peer ÷ (peer on fxconv's result): what fxconv adds.
+Columns: *alone* is eager ÷ peer, for the original model; *on top* is peer ÷ (peer on fxconv's result): what fxconv
+adds.
 """
 
 from __future__ import annotations

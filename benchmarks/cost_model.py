@@ -1,8 +1,8 @@
 """``python -m benchmarks.cost_model``: does the cost model know which of two exact forms is faster?
 
-Each pair is one function written in two ways that fxconv can turn into each other, or must not. Both are priced as graphs, with
-the default profile, and timed paired and interleaved on one thread by processor time. A pair counts where the times differ by
-more than 10 %; it is right where the cheaper form is the faster one.
+Each pair is one function written in two ways that fxconv can turn into each other, or must not. Both are priced as
+graphs, with the default profile, and timed paired and interleaved on one thread by processor time. A pair counts where
+the times differ by more than 10 %; it is right where the cheaper form is the faster one.
 """
 
 from __future__ import annotations
@@ -197,9 +197,8 @@ def main() -> None:
         verdict = "" if not differs else "right" if good else "WRONG"
         rows.append([name, f"{predicted:.2f}", f"{t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f})", verdict])
     print(tabulate(rows, headers=["pair: first ÷ second", "predicted", "measured", ""], disable_numparse=True))
-    print(
-        f"\n{len(rows)} pairs, of which {counted} differ by more than 10 %: {right} in the right order ({100 * right / counted:.0f} %)"
-    )
+    share = f"{right} in the right order ({100 * right / counted:.0f} %)"
+    print(f"\n{len(rows)} pairs, of which {counted} differ by more than 10 %: {share}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

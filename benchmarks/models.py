@@ -1,7 +1,7 @@
 """The models of the headline table, with random weights: what a perfect rewrite by hand is worth on each is known.
 
-The goals are original ÷ rewritten times on one thread at batch 1, by hand, on 2 cores of an AMD EPYC: eager, on top of ONNX
-Runtime, on top of OpenVINO.
+The goals are original ÷ rewritten times on one thread at batch 1, by hand, on 2 cores of an AMD EPYC: eager, on top of
+ONNX Runtime, on top of OpenVINO.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a user would pick instead of fxconv, or after it: each turns a module into something to call on the same tensors."""
+"""What a user would pick instead of fxconv, or after it: each turns a module into something to call on the same
+tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measuring this machine: a device profile fitted to the times of some hundred operators, in under 30 seconds.
 
-Each operator's time is the least of many runs, which a busy machine disturbs least. For each kind of kernel, launch, rate
-and bandwidths are those that minimise the relative error, none of them negative.
+Each operator's time is the least of many runs, which a busy machine disturbs least. For each kind of kernel, launch,
+rate and bandwidths are those that minimise the relative error, none of them negative.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def samples() -> Iterator[Sample]:
     """The operators that a profile is fitted to, made one by one: small ones weigh as much as large ones."""
     for i, o, size, k in (
         (16, 16, 96, 3), (32, 32, 56, 3), (64, 64, 56, 3), (128, 128, 28, 3), (256, 256, 14, 3), (512, 512, 7, 3),
-        (16, 128, 64, 3), (128, 16, 64, 3), (64, 3, 64, 3), (12, 64, 56, 3), (64, 64, 28, 5), (64, 64, 8, 5), (8, 8, 8, 5),
-        (512, 512, 7, 7),
+        (16, 128, 64, 3), (128, 16, 64, 3), (64, 3, 64, 3), (12, 64, 56, 3), (64, 64, 28, 5), (64, 64, 8, 5),
+        (8, 8, 8, 5), (512, 512, 7, 7),
     ):  # fmt: skip
         yield conv(1, i, o, size, k)
     yield from (conv(1, 3, 32, 224, 3, 2), conv(2, 4, 4, 7, 3), conv(2, 16, 16, 14, 3), conv(1, 64, 128, 56, 3, 2))
@@ -125,8 +125,8 @@ def samples() -> Iterator[Sample]:
     ):
         yield conv(1, i, o, size, k, nd=1)
     for c, size, k, stride in (
-        (16, 112, 3, 1), (32, 112, 3, 2), (64, 56, 3, 1), (64, 56, 5, 1), (128, 28, 7, 1), (256, 14, 3, 1), (512, 7, 3, 1),
-        (512, 7, 7, 1), (8, 8, 3, 1), (48, 14, 7, 1),
+        (16, 112, 3, 1), (32, 112, 3, 2), (64, 56, 3, 1), (64, 56, 5, 1), (128, 28, 7, 1), (256, 14, 3, 1),
+        (512, 7, 3, 1), (512, 7, 7, 1), (8, 8, 3, 1), (48, 14, 7, 1),
     ):  # fmt: skip
         yield conv(1, c, c, size, k, stride, c)
     for c, size, groups in (
@@ -140,8 +140,9 @@ def samples() -> Iterator[Sample]:
     ):
         yield conv(1, c, c, size, 3, 1, groups)
     for i, o, size, k, stride, padding in (
-        (64, 64, 28, 2, 2, 0), (128, 64, 28, 3, 2, 1), (16, 16, 32, 4, 2, 1), (256, 256, 14, 4, 2, 1), (64, 64, 28, 3, 1, 1),
-        (8, 8, 8, 4, 2, 1), (128, 3, 64, 4, 2, 1), (64, 64, 28, 4, 4, 0), (128, 128, 32, 4, 2, 1),
+        (64, 64, 28, 2, 2, 0), (128, 64, 28, 3, 2, 1), (16, 16, 32, 4, 2, 1), (256, 256, 14, 4, 2, 1),
+        (64, 64, 28, 3, 1, 1), (8, 8, 8, 4, 2, 1), (128, 3, 64, 4, 2, 1),
+        (64, 64, 28, 4, 4, 0), (128, 128, 32, 4, 2, 1),
     ):  # fmt: skip
         yield transposed(i, o, size, k, stride, padding)
     for rows, i, o in (
@@ -167,7 +168,8 @@ def samples() -> Iterator[Sample]:
 
 
 def seconds_of(call: Callable[[], Any], budget_s: float = 0.06) -> float:
-    """The least seconds of a call among as many as fit; processor time on one thread, which other programs don't take."""
+    """The least seconds of a call among as many as fit; processor time on one thread, which other programs don't
+    take."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     call(), call()
     start = time.perf_counter()

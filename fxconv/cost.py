@@ -1,9 +1,9 @@
 """What a step costs on a device: a launch, multiply-adds, and bytes read, written and read as weights.
 
-``seconds = launch + MACs / rate + read / bandwidth + written / bandwidth + weights / bandwidth``, with a rate and bandwidths
-for each kind of kernel. A roofline (Williams, Waterman and Patterson, *Roofline*, 2009) would take the larger of
-arithmetic and memory; the sum predicts PyTorch better, whose convolutions copy their operands into a blocked layout before
-they compute, and back after. Sizes that are dynamic are taken at the example's values.
+``seconds = launch + MACs / rate + read / bandwidth + written / bandwidth + weights / bandwidth``, with a rate and
+bandwidths for each kind of kernel. A roofline (Williams, Waterman and Patterson, *Roofline*, 2009) would take the
+larger of arithmetic and memory; the sum predicts PyTorch better, whose convolutions copy their operands into a blocked
+layout before they compute, and back after. Sizes that are dynamic are taken at the example's values.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ KINDS = (
 )
 """Kinds of kernels with speeds of their own; anything else is priced as "add" (an elementwise operator).
 
-"row" is a Linear of one row, which only reads its weight. "conv_small" is what torch computes itself, as im2col and a matrix
-product, because oneDNN's overhead of 60 µs a call would be most of it. "conv_1x1" is an ungrouped 1×1 convolution, a
-matrix product likewise. The multiply-adds of "avg_pool" are its taps, one by one."""
+"row" is a Linear of one row, which only reads its weight. "conv_small" is what torch computes itself, as im2col and a
+matrix product, because oneDNN's overhead of 60 µs a call would be most of it. "conv_1x1" is an ungrouped 1×1
+convolution, a matrix product likewise. The multiply-adds of "avg_pool" are its taps, one by one."""
 
 SMALL_CONV = 20480
 """A single image of at most this many entries is convolved by torch itself (`use_mkldnn` in ATen's Convolution.cpp)."""
@@ -133,9 +133,9 @@ CPU = Profile(
     },
     block=8,
 )
-"""Measured by `fxconv calibrate` on one thread of an AMD EPYC 7003 (Zen 3, AVX2, 2 cores), torch 2.14.1; but a launch of
-a oneDNN convolution, which takes 60 to 80 µs in eager torch, is entered as 20 to 25: ONNX Runtime and OpenVINO, which run
-what is exported, pay less, and a rewrite that pays only for its launches shall not lose there."""
+"""Measured by `fxconv calibrate` on one thread of an AMD EPYC 7003 (Zen 3, AVX2, 2 cores), torch 2.14.1; but a launch
+of a oneDNN convolution, which takes 60 to 80 µs in eager torch, is entered as 20 to 25: ONNX Runtime and OpenVINO,
+which run what is exported, pay less, and a rewrite that pays only for its launches shall not lose there."""
 
 
 @dataclass(frozen=True)

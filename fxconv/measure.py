@@ -1,8 +1,8 @@
 """Rewrites judged by the clock: each cluster, as it was and as it is now, timed in place on this machine.
 
-A cluster is cut out of both graphs (`fxconv.clusters`), put into the model's own dtype, and both sides run turn about on the
-same inputs at the example's sizes. A rewrite stays only where the 95 % interval of the ratio lies above 1. Equal clusters
-(the blocks of a stage) are timed once.
+A cluster is cut out of both graphs (`fxconv.clusters`), put into the model's own dtype, and both sides run turn about
+on the same inputs at the example's sizes. A rewrite stays only where the 95 % interval of the ratio lies above 1. Equal
+clusters (the blocks of a stage) are timed once.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Judge:
 
 
 def example_sizes(captured: Captured, hints: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
-    """A value for each symbol: that of the user's example, which export does not always keep (a batch of 1 becomes 2)."""
+    """A value for each symbol: that of the user's example, which export does not always keep (a batch of 1 becomes
+    2)."""
     sizes = dict(hints)
     given = [a for a in pytree.tree_leaves((captured.args, captured.kwargs)) if isinstance(a, torch.Tensor)]
     vals = [n.meta.get("val") for n in captured.gm.graph.nodes if n.op == "placeholder"]

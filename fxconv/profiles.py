@@ -30,7 +30,8 @@ def _guessed(name: str, launch: float, rate: float, bandwidth: float, block: int
 
 
 ARM = _guessed("Arm CPU (not measured)", 8e-6, 12e9, 12e9, 4)
-"""One core of a current 64-bit Arm server or laptop: NEON, two 128-bit multiply-adds a cycle at 3 GHz, half of that reached."""
+"""One core of a current 64-bit Arm server or laptop: NEON, two 128-bit multiply-adds a cycle at 3 GHz, half of that
+reached."""
 
 CUDA = _guessed("CUDA GPU (not measured)", 6e-6, 5e12, 1e12, 32)
 """A data-centre GPU in float32 without tensor cores, at half its peak; a launch is what the host needs to issue it."""

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks` for the table, `python -m benchmarks.NAME` for the others."""
