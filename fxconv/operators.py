@@ -321,6 +321,10 @@ class Nonlinear:
     def name(self) -> str:
         return self.op.name
 
+    def with_dims(self, dims: tuple[tuple[int, ...], ...]) -> Nonlinear:
+        """The operator on an operand with its slots in another order."""
+        return Nonlinear(self.node, self.op, dims)
+
     def _arranged(self, x: Value, layout: Layout) -> Chain:
         """The operand in the dims that the operator expects; an activation takes any."""
         chain = Chain(x.sizes, layout)

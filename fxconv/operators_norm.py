@@ -42,6 +42,10 @@ class Norm:
     def name(self) -> str:
         return NAMES[str(self.op.attrs["kind"])]
 
+    def with_dims(self, dims: tuple[tuple[int, ...], ...]) -> Norm:
+        """The operator on an operand with its slots in another order."""
+        return Norm(self.node, self.op, dims)
+
     def layout(self, node: Apply, layout: Layout) -> Layout:
         return self.dims
 
