@@ -2,7 +2,7 @@
 
 Each agrees with the original in float64, or is refused with the reason. Rows that concern the model object (hooks,
 modes, sharing,
-mutation, dtypes, metadata) are in test_cases_hazards.py.
+mutation, dtypes, metadata) are in test_cases_hazards.py and test_cases_dtypes.py.
 """
 
 from __future__ import annotations
