@@ -83,8 +83,8 @@ def check_not_quantised(gm: torch.fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _QUANTISED:
             raise CaptureError(
-                f"the graph is quantised ({node.name}: {node.target}): it rounds between operators, so nothing is affine "
-                "across them; transform the float model, then quantise"
+                f"the graph is quantised ({node.name}: {node.target}): it rounds between operators, so nothing is "
+                "affine across them; transform the float model, then quantise"
             )
     for name, module in gm.named_modules():
         if any(base.__name__ in _OBSERVERS for base in type(module).__mro__):
