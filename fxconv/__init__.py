@@ -4,6 +4,7 @@
 was done, what was not, and why.
 """
 
+from fxconv.approximate import approximate
 from fxconv.densify import DensifyError, densify
 from fxconv.errors import (
     ArgsError,
@@ -40,6 +41,7 @@ __all__ = [
     "WeightMap",
     "__version__",
     "backend",
+    "approximate",
     "densify",
     "explain",
     "report",

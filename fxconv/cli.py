@@ -1,7 +1,7 @@
-"""The `fxconv` command: transform, explain, verify, recheck, calibrate.
+"""The `fxconv` command: transform, explain, approximate, verify, recheck, calibrate.
 
 Reports go to stdout, progress and errors to stderr. Exit codes: 0 verified (transform, verify, recheck) or reported
-(explain); 1 not verified, or the models differ; 2 misuse, or something that could not be read or written.
+(explain, approximate); 1 not verified, or the models differ; 2 misuse, or something that could not be read or written.
 """
 
 from __future__ import annotations
@@ -93,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(explain)
     explain.set_defaults(command=_explain)
 
+    approximate = commands.add_parser("approximate", help="cheaper layers within an error budget; never exact")
+    approximate.add_argument("source", metavar="SOURCE")
+    _add_source(approximate)
+    approximate.add_argument("--calibration", metavar="FILE", help="inputs: .npy, or .pt with a tensor (default: noise)")
+    approximate.add_argument("--max-error", type=float, default=1e-2, metavar="E", help="of the outputs (default: 0.01)")
+    approximate.add_argument("--objective", choices=("macs", "params"), default="macs", help="what is saved")
+    approximate.add_argument("--out", metavar="FILE", help="write the result: .pt2, .onnx, .pte, .xml, or .json (report)")
+    approximate.add_argument("--plot", metavar="FILE", help="error against multiply-adds, as a picture")
+    _add_report(approximate)
+    approximate.set_defaults(command=_approximate, dynamic=None)
+
     verify = commands.add_parser("verify", help="compare two models: factories, .pt2 or .onnx files")
     verify.add_argument("a", metavar="A", help="the original")
     verify.add_argument("b", metavar="B", help="what should compute the same")
@@ -171,6 +182,54 @@ def _explain(arguments: argparse.Namespace) -> int:
     report = fxconv.explain(source.model, source.args, source.kwargs or None, options=_options(arguments))
     _show(dataclasses.replace(report, model=source.name), arguments)
     return OK
+
+
+def _approximate(arguments: argparse.Namespace) -> int:
+    from . import targets
+    from .approximate import approximate
+    from .approximate_plot import plot
+    from .report import read
+
+    for path in filter(None, (arguments.out, arguments.report, arguments.plot)):
+        _check_writable(path)
+    source = _load(arguments.source, arguments)
+    batches = _calibration(arguments, source)
+    log.info("fitting")
+    result = approximate(
+        source.model, calibration=batches, max_error=arguments.max_error, objective=arguments.objective
+    )
+    report = dataclasses.replace(read(result), model=source.name)
+    if arguments.out:
+        targets.write(arguments.out, result, source.args or (), source.kwargs, report, arguments.dynamic)
+    if arguments.plot and report.verification["pareto"]:
+        plot(report, arguments.plot, objective=arguments.objective)
+    _show(report, arguments)
+    return OK
+
+
+def _calibration(arguments: argparse.Namespace, source: Any) -> list[Any]:
+    """Batches of 32 from a file; without one Gaussian noise of the example's shape."""
+    import torch
+
+    if arguments.calibration is None:
+        if not source.args:
+            raise ArgsError("approximate needs --calibration FILE, or --input for noise in its place")
+        log.warning("no --calibration: errors are those on noise, which real data may exceed")
+        generator = torch.Generator().manual_seed(0)
+        shape = (8, *source.args[0].shape[1:])
+        return [torch.randn(shape, generator=generator).to(source.args[0]) for _ in range(8)]
+    try:
+        if arguments.calibration.endswith(".npy"):
+            import numpy
+
+            data = torch.from_numpy(numpy.load(arguments.calibration))
+        else:
+            data = torch.load(arguments.calibration, weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FxconvError(f"cannot read {arguments.calibration!r}: {error}") from error
+    if not isinstance(data, torch.Tensor) or data.dim() < 2:
+        raise ArgsError(f"{arguments.calibration!r} holds no tensor of samples (N, …)")
+    return list(data.split(32))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
