@@ -54,14 +54,14 @@ def _before(f: Apply, context: Context) -> Value | None:
         return None
     order = [s for d in f.op.dims for s in d]
     order += [s for s in range(f.x.rank) if s not in order]
-    if order == sorted(order):
-        return None
     rows = _rows(as_value(permute_view(f.x, tuple(order))), context)
     if rows is None:
         return None
     place = {s: i for i, s in enumerate(order)}
     op = f.op.with_dims(tuple(tuple(place[s] for s in d) for d in f.op.dims))
     inner = Value(Apply(rows, op, tuple(f.sizes[s] for s in order), tuple(f.kept[s] for s in order), f.shifts))
+    if order == sorted(order):
+        return inner
     return as_value(permute_view(inner, tuple(place[s] for s in range(f.x.rank))))
 
 
