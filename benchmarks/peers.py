@@ -4,6 +4,7 @@ tensors."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import tempfile
 import warnings
@@ -40,7 +41,7 @@ def compiled(model: nn.Module, args: tuple[Any, ...]) -> Runner:
     """torch.compile with freezing."""
     import torch._inductor.config as config
 
-    config.freezing = True  # type: ignore[attr-defined]
+    config.freezing = True
     runner: Runner = torch.compile(model)
     with torch.no_grad():
         try:
@@ -69,8 +70,8 @@ def onnxruntime(model: nn.Module, args: tuple[Any, ...]) -> Runner:
 def onnxslim(model: nn.Module, args: tuple[Any, ...]) -> Runner:
     """onnxslim, then ONNX Runtime."""
     import onnx
-    import onnxslim as tool
 
+    tool = importlib.import_module("onnxslim")
     with _silence():
         return _session(tool.slim(onnx.load_from_string(to_onnx(model, args))).SerializeToString())
 
@@ -78,8 +79,8 @@ def onnxslim(model: nn.Module, args: tuple[Any, ...]) -> Runner:
 def onnxsim(model: nn.Module, args: tuple[Any, ...]) -> Runner:
     """onnxsim, then ONNX Runtime."""
     import onnx
-    import onnxsim as tool
 
+    tool = importlib.import_module("onnxsim")
     with _silence():
         simplified, _ = tool.simplify(onnx.load_from_string(to_onnx(model, args)))
     return _session(simplified.SerializeToString())
@@ -125,18 +126,13 @@ def to_onnx(model: nn.Module, args: tuple[Any, ...]) -> bytes:
     """The model as ONNX: both sides of a comparison go the same way."""
     failure: Exception | None = None
     for dynamo in (False, True):
-        target = io.BytesIO()
-        try:
-            with _silence(), torch.no_grad():
-                if dynamo:
-                    program = torch.onnx.export(model, args, dynamo=True, verbose=False)
-                    assert program is not None
-                    program.save(target)
-                else:
-                    torch.onnx.export(model, args, target, dynamo=False, opset_version=17)
-            return target.getvalue()
-        except Exception as error:  # exporters raise whatever the model's code met
-            failure = error
+        with tempfile.TemporaryDirectory() as folder, _silence(), torch.no_grad():
+            path = Path(folder) / "model.onnx"
+            try:
+                torch.onnx.export(model, args, str(path), dynamo=dynamo, external_data=False, verbose=False)
+                return path.read_bytes()
+            except Exception as error:  # exporters raise whatever the model's code met
+                failure = error
     raise NotApplicable(f"torch.onnx.export: {_first_line(failure)}")
 
 

@@ -169,7 +169,7 @@ def _signature(gm: fx.GraphModule) -> Hashable:
             module = gm.get_submodule(str(node.target))
             target = (repr(module), tuple(tuple(p.shape) for p in module.parameters()))
         kwargs = tuple(sorted((k, plain(v)) for k, v in node.kwargs.items()))
-        rows.append((node.op, target, plain(node.args), kwargs))  # type: ignore[arg-type]
+        rows.append((node.op, target, plain(node.args), kwargs))
     return tuple(rows)
 
 
