@@ -30,11 +30,15 @@ class Budget:
         depth: how many steps that do not pay by themselves may be taken in a row.
         beam: how many of them are followed per level.
         trials: how many tentative steps one value may cause.
+        looks: how many times the laws may be asked on behalf of one value.
+        reach: how much a step may cost on the way, in prices of the value that it starts at.
     """
 
     depth: int = 3
     beam: int = 3
     trials: int = 160
+    looks: int = 48
+    reach: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Search:
     untaken: dict[Value, dict[str, Missed]] = field(default_factory=dict)
     _tried: list[Trial] = field(default_factory=list)
     _trials: int = 0
+    _looks: int = 0
+    _reach: float = 0.0
     _most_macs: float = 0.0
 
     def __post_init__(self) -> None:
@@ -130,7 +136,8 @@ class Search:
         state = self.state
         start = state.score()
         mark = state.mark()
-        self._trials = 0
+        self._trials = self._looks = 0
+        self._reach = self.budget.reach * max(score(state.prices.get(v, Price()), state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
         slack = 1.1 if state.objective == "launches" else 1.0
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
@@ -266,14 +273,16 @@ class Search:
         tried: list[Trial] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
-            if x not in state.uses or x in state.frozen:
+            if x not in state.uses or x in state.frozen or self._looks >= self.budget.looks:
                 continue
+            self._looks += 1
             for steps in self._proposals(x, late=depth == self.budget.depth):
                 if self._trials >= self.budget.trials:
                     break
                 if any(y in state.frozen for y, _, _ in steps):
                     continue
-                self._trials += 1
+                # Wide sums are dear to price: a trial counts by what it makes.
+                self._trials += 1 + len(operands(steps[0][1].node)) // 4
                 margin = self._margin(steps)
                 mark = state.mark()
                 if self._redefine(steps):
@@ -291,9 +300,11 @@ class Search:
             if total.macs <= self._most_macs and (best is None or s < best[0]):
                 best = (s, list(steps))
         if depth > 1:
-            for _, _, steps in tried[: self.budget.beam]:
-                if self._trials >= self.budget.trials:
+            for reached, _, steps in tried[: self.budget.beam]:
+                if self._trials >= self.budget.trials or self._looks >= self.budget.looks:
                     break
+                if reached > start + self._reach:
+                    continue
                 margin = self._margin(steps)
                 mark = state.mark()
                 self._redefine(steps)

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxconv.axes import as_size, shape_of
 from fxconv.cost import CostModel, Price, score
-from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, operands, walk
+from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, is_selection, operands, walk
 from fxconv.lift import Lifter
 from fxconv.original import layout_copies, original_steps
 from fxconv.plan import Chain, Layout, Plan, Step, Target, plan_map, plan_view
@@ -452,13 +452,15 @@ class State:
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
             return self._steps_price(node.op.steps(node, self.layout(node.x)))
+        if isinstance(node, Map) and is_selection(node) and self._inlined(v):
+            # The concatenation reads the operand itself.
+            self.layouts[v] = self.layout(node.x)
+            return Price()
         plan_ = self.best_plan(v)
         if plan_ is None:
             self.layouts[v] = tuple((i,) for i in range(v.rank))
             return IMPOSSIBLE
         self.layouts[v] = plan_.layout
-        if isinstance(node, Map) and self._inlined(v):
-            return Price()
         return self._steps_price(plan_.steps) + self._copies(v, plan_)
 
     def _copies(self, v: Value, plan: Plan) -> Price:

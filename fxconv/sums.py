@@ -36,8 +36,25 @@ class SumPlan:
     layout: Layout
 
 
-def concatenated(node: Sum) -> list[tuple[int, list[Value]]]:
+_Groups = list[tuple[int, list[Value]]]
+_concatenated: dict[Sum, tuple[tuple[int, ...], _Groups]] = {}
+
+
+def concatenated(node: Sum) -> _Groups:
     """Groups of terms that are selections tiling one slot: (slot, terms in order)."""
+    # Terms are cells: the answer holds as long as each still has the node that it had.
+    stamp = tuple(id(t.node) for t in node.terms)
+    known = _concatenated.get(node)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    if len(_concatenated) > 4096:
+        _concatenated.clear()
+    groups = _find_concatenated(node)
+    _concatenated[node] = (stamp, groups)
+    return groups
+
+
+def _find_concatenated(node: Sum) -> _Groups:
     by_slot: dict[int, list[tuple[int, int, Value]]] = {}
     for t in node.terms:
         m = t.node
@@ -53,7 +70,7 @@ def concatenated(node: Sum) -> list[tuple[int, list[Value]]]:
         if role.filter.down != 1 or role.filter.offset < 0 or not is_static(n):
             continue
         by_slot.setdefault(slots[0], []).append((role.filter.offset, int(n), t))
-    groups: list[tuple[int, list[Value]]] = []
+    groups: _Groups = []
     for slot, found in by_slot.items():
         total = node.terms[0].sizes[slot]
         chosen: list[Value] = []

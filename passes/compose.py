@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import compose
-from fxconv.expr import Map, Value
+from fxconv.expr import Map, has_resample
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
 
 
@@ -24,7 +24,8 @@ def _compose(v: Value, context: Context) -> Iterator[Outcome]:
     if found is None:
         return
     outer, view, x = found
-    if not isinstance(x.node, Map):
+    if not isinstance(x.node, Map) or has_resample(outer) != has_resample(x.node):
+        # Resampling keeps its own operator; `commute` moves maps past it.
         return
     result = compose(outer, x.node, view)
     yield Refusal(result) if isinstance(result, str) else result

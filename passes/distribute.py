@@ -108,6 +108,18 @@ def _seen(between: View | None, x: Value) -> Value:
     return out if isinstance(out, Value) else Value(out)
 
 
+def _absorbs(t: Value, context: Context) -> bool:
+    """Whether a branch could take a map in: it is itself a map (or a sum of maps) that nobody else reads."""
+    while isinstance(t.node, View) or is_selection(t.node):
+        if context.uses(t) > 1:
+            return False
+        assert isinstance(t.node, (View, Map))
+        t = t.node.x
+    if isinstance(t.node, Const):
+        return False
+    return context.uses(t) <= 1 and isinstance(t.node, (Map, Sum))
+
+
 def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     found = mapped_operand(v)
     if found is None:
@@ -118,6 +130,11 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         yield Refusal(result) if isinstance(result, str) else result
         return
     if not isinstance(x.node, Sum):
+        return
+    branches = [t for t in x.node.terms if not isinstance(t.node, Const)]
+    able = sum(_absorbs(t, context) for t in branches)
+    if not able or (not m.contracted and 2 * able < len(branches)):
+        # Nothing to gain: M would be computed once per branch, and still read the same tensors.
         return
     deep = _push(m, between, x, context)
     if not isinstance(deep, str) and not isinstance(deep.node, Map):
