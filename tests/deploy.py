@@ -104,5 +104,3 @@ def error(outputs: Outputs, reference: Outputs) -> float:
     """Largest difference, relative to the magnitude of the reference's largest entry."""
     assert [tuple(a.shape) for a in outputs] == [tuple(b.shape) for b in reference]
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(outputs, reference, strict=True))
-
-

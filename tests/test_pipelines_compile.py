@@ -1,4 +1,4 @@
-"""torch.compile, in both directions: weights that change, gradients, dynamic batches. Inductor's own pass and its cache."""
+"""torch.compile, in both directions: weights that change, gradients, dynamic batches. Inductor's pass and its cache."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Thin adapters, one per ecosystem.
 
-`fxconv.backend` for ``torch.compile``, `InductorPass` for Inductor's ``pre_grad_custom_pass``, `TransformPass` for fx pass
-managers, `ExecuTorchPass` for ``to_edge_transform_and_lower``. They are imported when first asked for: each needs what
-the others do not.
+`fxconv.backend` for ``torch.compile``, `InductorPass` for Inductor's ``pre_grad_custom_pass``, `TransformPass` for fx
+pass managers, `ExecuTorchPass` for ``to_edge_transform_and_lower``. They are imported when first asked for: each needs
+what the others do not.
 """
 
 from __future__ import annotations

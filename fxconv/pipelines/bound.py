@@ -93,8 +93,8 @@ def rewrite_bound(
     Args:
         gm: a graph whose nodes carry ``example_value`` or ``val``. It is not changed.
         weights: as `find_weights` gives them.
-        examples: example values for all placeholders. Fake ones and symbolic sizes are made concrete for the whole-model
-            check.
+        examples: example values for all placeholders. Fake ones and symbolic sizes are made concrete for the
+            whole-model check.
 
     Raises:
         FxconvError: nothing that holds for this graph; options that are wrong, or a check that fails under
@@ -198,26 +198,19 @@ def unbind(gm: fx.GraphModule, original: fx.Graph, names: Mapping[str, int]) -> 
         if node.op == "get_attr" and str(node.target) in names:
             reads.setdefault(names[str(node.target)], []).append(node)
     kept = {str(n.target): n for n in placeholders(gm.graph)}
-    anchor = next(iter(gm.graph.nodes))
-    for index, source in enumerate(placeholders(original)):
-        if str(source.target) in kept:
-            anchor.prepend(kept[str(source.target)]) if kept[str(source.target)] is not anchor else None
-            if kept[str(source.target)] is anchor:
-                anchor = anchor.next
-            continue
-        with gm.graph.inserting_before(anchor):
-            node = gm.graph.create_node("placeholder", str(source.target), (), {}, name=source.name)
-        node.meta = dict(source.meta)
+    for index, source in reversed(list(enumerate(placeholders(original)))):
+        first = next(iter(gm.graph.nodes))
+        node = kept.get(str(source.target))
+        if node is None:
+            with gm.graph.inserting_before(first):
+                node = gm.graph.create_node("placeholder", str(source.target), (), {}, name=source.name)
+            node.meta = dict(source.meta)
+        elif node is not first:
+            first.prepend(node)
         copy_source(source, node)
         for read in reads.get(index, ()):
-            if read is anchor:
-                anchor = anchor.next
             read.replace_all_uses_with(node)
             gm.graph.erase_node(read)
-    for source in placeholders(original):
-        for node in placeholders(gm.graph):
-            if node.target == source.target:
-                copy_source(source, node)
     for name in names:
         _remove(gm, name)
     gm.graph.lint()
@@ -228,7 +221,7 @@ def copy_source(source: fx.Node, node: fx.Node) -> None:
     """Give a copied placeholder its source, which copying leaves behind."""
     # AOTAutograd asks every placeholder of a Dynamo graph for this attribute, or none.
     if hasattr(source, "_dynamo_source"):
-        node._dynamo_source = source._dynamo_source  # type: ignore[attr-defined]
+        node._dynamo_source = source._dynamo_source
 
 
 def _remove(gm: fx.GraphModule, name: str) -> None:

@@ -1,10 +1,10 @@
-"""`torch.compile(model, backend=fxconv.backend("inductor"))`: the graph that Dynamo hands over, rewritten for inference.
+"""`torch.compile(model, backend=fxconv.backend("inductor"))`: Dynamo's graph, rewritten for inference.
 
 Folded weights are copies. Before each run the weights that they came from are checked against what they were: the same
-tensors (``is``) at the same ``_version``, which every write moves but one through ``.data``; with ``check="hash"`` those
-are found too, at the price of hashing all weights at each run. Changed weights are folded anew: where the graph comes out
-as before, into the compiled code's own parameters; where it does not (other values may allow other rewrites), it is
-compiled again.
+tensors (``is``) at the same ``_version``, which every write moves but one through ``.data``; with ``check="hash"``
+those are found too, at the price of hashing all weights at each run. Changed weights are folded anew: where the graph
+comes out as before, into the compiled code's own parameters; where it does not (other values may allow other rewrites),
+it is compiled again.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class _Guarded:
         # Compiling may change the graph that it is given, so the one kept for folding anew is a copy.
         self.owner, self.options, self.inner = owner, options, inner
         self.original = copied(gm)
-        self.examples = [None if i in weights else n.meta.get("example_value") for i, n in enumerate(placeholders(gm.graph))]
+        nodes = placeholders(gm.graph)
+        self.examples = [None if i in weights else n.meta.get("example_value") for i, n in enumerate(nodes)]
         self.indices = tuple(weights)
         self.rewritten = self._rewrite(weights, examples)
         self._remember(weights)
@@ -157,7 +158,7 @@ class _Guarded:
     def changed(self, args: Sequence[Any]) -> bool:
         """Whether any weight is another tensor, or has been written to."""
         for i, reference, version in self.known:
-            weight = args[i]
+            weight: torch.Tensor = args[i]
             if weight is not reference() or (version is not None and weight._version != version):
                 return True
         if any(not torch.equal(args[i], value) for i, value in self.scalars):

@@ -1,4 +1,4 @@
-"""`ExecuTorchPass`: the transform as an ``ExportedProgramPassBase`` for ``to_edge_transform_and_lower(transform_passes=…)``.
+"""`ExecuTorchPass`: the transform for ``to_edge_transform_and_lower(transform_passes=…)``.
 
 At that point the program is in the edge dialect: core ATen operators in wrappers of ExecuTorch's own, views that copy,
 weights as placeholders. The pass reads the wrappers as what they wrap, rewrites, and puts what was rewritten in their
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.backends.transforms.utils import create_constant_placeholder, delete_constant_placeholder
@@ -55,19 +55,20 @@ class ExecuTorchPass(ExportedProgramPassBase):
         _read_edge(gm)
         barriers = functionalise(gm)
         reference = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        before = {n.name for n in gm.graph.nodes}
         args = tuple(concrete(n.meta["val"]) for n in placeholders(gm.graph))
-        captured = Captured(gm, "aten", "edge", args, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers)
+        captured = Captured(
+            gm, "aten", "edge", args, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers
+        )
         result, self.report = run_captured(reference, captured, self.options)
         if not self.report.applied:
             return ExportedProgramPassResult(exported_program, False)
         _to_core(result, _keeps(exported_program))
-        _Splice(exported_program, result, before).run()
+        _Splice(exported_program, result).run()
         return ExportedProgramPassResult(exported_program, True)
 
 
 def _read_edge(gm: fx.GraphModule) -> None:
-    """Edge operators become the ATen operators that they wrap; copying views become views, which they equal in value."""
+    """Edge operators become the ATen operators that they wrap, and copying views become views, of equal value."""
     for node in gm.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, EdgeOpOverload):
             continue
@@ -75,7 +76,8 @@ def _read_edge(gm: fx.GraphModule) -> None:
         wrapped: Any = node.target._op
         name, overload = wrapped._schema.name.split("::")[-1], wrapped._overloadname
         packet = getattr(torch.ops.aten, name.removesuffix("_copy"), None)
-        if wrapped.namespace == "aten" and name.endswith("_copy") and overload in (packet.overloads() if packet else ()):
+        copies = wrapped.namespace == "aten" and name.endswith("_copy")
+        if copies and packet is not None and overload in packet.overloads():
             wrapped = getattr(packet, overload)
         elif wrapped.namespace == "dim_order_ops" and name == "_clone_dim_order":
             wrapped = torch.ops.aten.clone.default
@@ -97,10 +99,11 @@ def _to_core(gm: fx.GraphModule, keeps: Callable[[Any], bool]) -> None:
         if node.target is torch.ops.aten.linear.default:
             _with_rows(gm.graph, node)
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.meta.get("fxconv_new") and isinstance(node.target, torch._ops.OpOverload):
-            if node.target.namespace == "aten" and not str(node.target).startswith("aten.sym_"):
-                if not keeps(node.target):
-                    _decompose(gm.graph, node, table)
+        target = node.target
+        if not node.meta.get("fxconv_new") or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target.namespace == "aten" and not str(target).startswith("aten.sym_") and not keeps(target):
+            _decompose(gm.graph, node, table)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 
@@ -167,7 +170,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Any) -> None:
 
 
 def _copying(target: Any) -> Any:
-    """The form of an operator that neither writes in place nor returns a view; both are written for fresh values here."""
+    """The form of an operator that neither writes in place nor returns a view: both were applied to fresh values."""
     name = target._schema.name.split("::")[-1]
     if target._schema.is_mutable and name.endswith("_"):
         name = name[:-1]
@@ -180,9 +183,9 @@ def _copying(target: Any) -> Any:
 class _Splice:
     """Puts the new nodes of a rewritten graph into the program that it came from."""
 
-    def __init__(self, program: ExportedProgram, gm: fx.GraphModule, known: set[str]) -> None:
+    def __init__(self, program: ExportedProgram, gm: fx.GraphModule) -> None:
         self.program, self.gm, self.graph = program, gm, program.graph
-        self.known = known
+        self.mutations: list[fx.Node] = []
 
     def run(self) -> None:
         old = {n.name: n for n in self.graph.nodes}
@@ -200,6 +203,10 @@ class _Splice:
                 continue
             if node.op == "output":
                 self._finish(node, env)
+                continue
+            if node.meta.get("fxconv_mutation"):  # a new value of a buffer is an output, in the order of the signature
+                env[node] = env[node.args[1]]
+                self.mutations.append(env[node])
                 continue
             original = old.get(node.name) if _EDGE in node.meta or not node.meta.get("fxconv_new") else None
             if original is not None and node.op == "call_function":
@@ -228,12 +235,10 @@ class _Splice:
             )
 
     def _finish(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
-        output = self.graph.output_node()
-        mutated = len(output.args[0]) - len(node.args[0])  # type: ignore[arg-type]
-        kept = list(output.args[0])[:mutated]  # type: ignore[arg-type]
-        fresh = [env[v] if isinstance(v, fx.Node) else v for v in node.args[0]]  # type: ignore[union-attr]
-        output.args = (type(output.args[0])((*kept, *fresh)),)  # type: ignore[call-arg]
-        for spec, value in zip(self.program.graph_signature.output_specs[mutated:], fresh, strict=True):
+        output, results = self.graph.output_node(), cast("tuple[Any, ...]", node.args[0])
+        fresh = [*self.mutations, *(env[v] if isinstance(v, fx.Node) else v for v in results)]
+        output.args = (tuple(fresh),)
+        for spec, value in zip(self.program.graph_signature.output_specs, fresh, strict=True):
             if isinstance(value, fx.Node):
                 spec.arg.name = value.name
         self.graph.eliminate_dead_code()

@@ -28,8 +28,8 @@ class InductorPass(CustomGraphPass):
     frozen: what is written to them after compilation is not seen (`fxconv.backend` sees it).
 
     Args:
-        model: the module that is compiled. Weights are found in it by name; a graph with inputs that are not the weights
-            of this model is rewritten around them.
+        model: the module that is compiled. Weights are found in it by name; a graph with inputs that are not the
+            weights of this model is rewritten around them.
         **keywords: those of `fxconv.Options`, or ``options=``.
     """
 
@@ -51,9 +51,7 @@ class InductorPass(CustomGraphPass):
         tensors = _tensors(self.model)
         inputs = placeholders(graph)
         known = [tensors.get(qualified_name(n)) for n in inputs]
-        weights = {
-            i: t for i, (n, t) in enumerate(zip(inputs, known, strict=True)) if t is not None and _fits(n, t)
-        }
+        weights = {i: t for i, (n, t) in enumerate(zip(inputs, known, strict=True)) if t is not None and _fits(n, t)}
         if not weights or (torch.is_grad_enabled() and any(t.requires_grad for t in weights.values())):
             return
         examples = [weights.get(i, n.meta.get("example_value")) for i, n in enumerate(inputs)]
