@@ -33,7 +33,9 @@ def train(epochs: int = 40) -> nn.Module:
     torch.manual_seed(0)
     x, y = digits()
     # The eleventh class is background: empty windows and digits cut by the window's edge.
-    shifted = torch.stack([torch.roll(a, (int(s), int(t)), (1, 2)) for a, s, t in zip(x, *torch.randint(3, 6, (2, len(x))), strict=True)])
+    shifted = torch.stack(
+        [torch.roll(a, (int(s), int(t)), (1, 2)) for a, s, t in zip(x, *torch.randint(3, 6, (2, len(x))), strict=True)]
+    )
     x, y = torch.cat([x, shifted, torch.zeros(200, 1, 8, 8)]), torch.cat([y, torch.full((len(x) + 200,), 10)])
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(),
@@ -56,7 +58,10 @@ def canvas(size: int = 96, count: int = 24) -> tuple[torch.Tensor, list[tuple[in
     image, placed = torch.zeros(1, 1, size, size), []
     cells = torch.randperm((size // 16) ** 2)[:count].tolist()
     for cell in cells:
-        row, column = (16 * (cell // (size // 16)) + int(torch.randint(9, ())), 16 * (cell % (size // 16)) + int(torch.randint(9, ())))
+        row, column = (
+            16 * (cell // (size // 16)) + int(torch.randint(9, ())),
+            16 * (cell % (size // 16)) + int(torch.randint(9, ())),
+        )
         pick = int(torch.randint(len(x), ()))
         image[0, 0, row : row + 8, column : column + 8] = x[pick, 0]
         placed.append((row, column, int(y[pick])))
@@ -88,8 +93,10 @@ def main() -> None:
         by_window = time.perf_counter() - clock
     found = sum(int(scores[0, :10, r, c].argmax()) == label for r, c, label in placed)
     print(f"largest difference to running every window: {float((scores - expected).abs().max()):.1e}")
-    print(f"{scores[0, 0].numel()} windows: {by_window * 1e3:.0f} ms one by one, {one_pass * 1e3:.1f} ms in one pass "
-          f"({by_window / one_pass:.0f}×)")
+    print(
+        f"{scores[0, 0].numel()} windows: {by_window * 1e3:.0f} ms one by one, {one_pass * 1e3:.1f} ms in one pass "
+        f"({by_window / one_pass:.0f}×)"
+    )
     print(f"{found} of {len(placed)} digits recognised where they lie")
 
     import matplotlib

@@ -205,7 +205,8 @@ def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The vectors that a layer's weight is applied to."""
     if isinstance(module, nn.Conv2d):
         x = x if x.dim() == 4 else x[None]
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+        size, padding = module.kernel_size, module.padding
+        patches = F.unfold(x, size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
     return x.reshape(-1, x.shape[-1])
 
@@ -221,7 +222,8 @@ def _front(layer: _Layer, objective: str) -> list[tuple[Candidate, float]]:
     """Candidates that are cheaper than the layer and that no cheaper one beats, cheapest first."""
     full = layer.weight.numel() if objective == "macs" else layer.params
     make = conv_candidates if isinstance(layer.module, nn.Conv2d) else linear_candidates
-    rated = [(c, c.error(layer.weight, layer.bias, layer.test)) for c in make(layer.module, layer.fit)]  # type: ignore[arg-type, operator]
+    made = make(layer.module, layer.fit)  # type: ignore[arg-type]
+    rated = [(c, c.error(layer.weight, layer.bias, layer.test)) for c in made]
     rated = [(c, e) for c, e in rated if _price(c, objective) < full and math.isfinite(e)]
     rated.sort(key=lambda r: (_price(r[0], objective), r[1]))
     front: list[tuple[Candidate, float]] = []
@@ -259,7 +261,9 @@ def _choose(
     def gain(layer: _Layer) -> float:
         full = layer.weight.numel() if objective == "macs" else layer.params
         scale = layer.positions / max(layer.samples, 1) if objective == "macs" else 1.0
-        return max(((full - _price(c, objective)) * scale / max(e, budget / 10) for c, e in layer.candidates), default=0.0)
+        return max(
+            ((full - _price(c, objective)) * scale / max(e, budget / 10) for c, e in layer.candidates), default=0.0
+        )
 
     for layer in layers:
         if layer.fit.count and layer.test.count:
@@ -321,7 +325,7 @@ def _report(
         after = after + now
         verdict = {
             "status": "confirmed",
-            "reason": f"error {choice.error:.2e} of its output on held-out data, {choice.total:.2e} of the model's then",
+            "reason": f"error {choice.error:.2e} of its output on held-out data, {choice.total:.2e} of the model's",
             "max_error": choice.error,
         }
         law = f"approximate: {c.family}, {c.detail}"

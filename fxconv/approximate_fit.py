@@ -3,10 +3,10 @@
 For inputs with covariance Σ the error of Ŵ in place of W is ``tr((W − Ŵ) Σ (W − Ŵ)ᵀ)``, so a fit needs Σ only, and no
 pass over the data. The bias takes up the mean: ``b̂ = b + (W − Ŵ) μ``. Convolutions are matrices on their patches.
 
-Low rank: the best one is a projection on the leading eigenvectors of ``W Σ Wᵀ`` (Eckart and Young; reduced-rank regression).
-Toeplitz, blocks and small kernels: normal equations. Filters with a full-length layer behind them: the filters are the
-leading right singular vectors of the weight's patches, weighted by the patches' covariance; the layer behind is then
-fitted by the normal equations.
+Low rank: the best one is a projection on the leading eigenvectors of ``W Σ Wᵀ`` (Eckart and Young; reduced-rank
+regression). Toeplitz, blocks and small kernels: normal equations. Filters with a full-length layer behind them: the
+filters are the leading right singular vectors of the weight's patches, weighted by the patches' covariance; the layer
+behind is then fitted by the normal equations.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _energy(w: torch.Tensor, b: torch.Tensor, m: Moments) -> float:
 
 
 class Along(nn.Module):
-    """Convolutions along the last dim of ``(…, features)``, seen as ``channels`` rows; the result is flattened again."""
+    """Convolutions along the last dim of ``(…, features)``, seen as ``channels`` rows; the result is flattened again.
+    """
 
     def __init__(self, channels: int, layers: nn.Module) -> None:
         super().__init__()
@@ -106,9 +107,9 @@ def _solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _set(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Module:
     layer = layer.to(like.device, like.dtype)
     with torch.no_grad():
-        layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[union-attr, operator, arg-type]
+        layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
         if bias is not None:
-            layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            layer.bias.copy_(bias)  # type: ignore[operator]
     return layer
 
 
@@ -296,7 +297,8 @@ def conv_candidates(layer: nn.Conv2d, m: Moments) -> Iterator[Candidate]:
 
         def build(left: torch.Tensor = left, right: torch.Tensor = right, bias: torch.Tensor = bias) -> nn.Module:
             r = left.shape[1]
-            first = nn.Conv2d(layer.in_channels, r, layer.kernel_size, padding=layer.padding, bias=False, **options)  # type: ignore[arg-type]
+            size, padding = layer.kernel_size, layer.padding
+            first = nn.Conv2d(layer.in_channels, r, size, padding=padding, bias=False, **options)  # type: ignore[arg-type]
             _set(first, right, None, layer.weight)
             return nn.Sequential(first, _set(nn.Conv2d(r, rows, 1), left, bias, layer.weight))
 
@@ -322,8 +324,13 @@ def _small_kernels(layer: nn.Conv2d, w: torch.Tensor, b: torch.Tensor, m: Moment
         fitted[:, index] = theta
         bias = _corrected(w, b, fitted, m.mean)
 
-        def build(theta: torch.Tensor = theta, bias: torch.Tensor = bias, k: int = k, padding: tuple[int, ...] = padding) -> nn.Module:
-            conv = nn.Conv2d(layer.in_channels, layer.out_channels, k, layer.stride, padding, layer.dilation)  # type: ignore[arg-type]
+        def build(
+            theta: torch.Tensor = theta, bias: torch.Tensor = bias, k: int = k, padding: tuple[int, ...] = padding
+        ) -> nn.Module:
+            channels, stride = (layer.in_channels, layer.out_channels), layer.stride
+            conv = nn.Conv2d(*channels, k, stride, padding, layer.dilation)  # type: ignore[arg-type]
             return _set(conv, theta, bias, layer.weight)
 
-        yield Candidate("small kernel", f"{k}×{k} for {kh}×{kw}", fitted, bias, theta.numel(), theta.numel() + len(b), build)
+        yield Candidate(
+            "small kernel", f"{k}×{k} for {kh}×{kw}", fitted, bias, theta.numel(), theta.numel() + len(b), build
+        )

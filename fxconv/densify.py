@@ -1,4 +1,5 @@
-"""Dense prediction: a classifier as a fully convolutional network (Caffe's net surgery; OverFeat, Sermanet et al., 2014).
+"""Dense prediction: a classifier as a fully convolutional network (Caffe's net surgery; OverFeat, Sermanet et al.,
+2014).
 
 `densify` is not a law, because it changes what comes out: on an image of the training size the result gives the same
 scores, ``(N, K, 1, 1)``; on a larger one a map of scores, one per window of the training size, at the network's stride.
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fxconv.capture import capture
@@ -49,7 +49,8 @@ class Grid:
     Attributes:
         size: its spatial size for one window.
         stride: how far apart its entries are in the input.
-        spread: how far apart a window's entries are in the sliding tensor (more than 1 behind a pooling to a fixed size).
+        spread: how far apart a window's entries are in the sliding tensor (more than 1 behind a pooling to a fixed
+            size).
         flat: whether the original has flattened it to (N, features).
         pool: a pooling still to be written, as one matrix per dim, merged into the Linear behind it; else ().
     """
@@ -191,7 +192,8 @@ class _Slider:
     def _barrier(self, node: fx.Node, source: fx.Node, grid: Grid, op: Barrier) -> None:
         """Softmax over the channels slides; what else is not affine does not, as far as is known."""
         target = getattr(node.target, "_opname", str(node.target))
-        if target in ("softmax", "log_softmax", "_softmax", "_log_softmax") and int(node.args[1]) % source.meta["val"].dim() == 1:
+        softmax = target in ("softmax", "log_softmax", "_softmax", "_log_softmax")
+        if softmax and int(node.args[1]) % source.meta["val"].dim() == 1:  # type: ignore[arg-type]
             new = self.graph.node_copy(node, lambda n: self.new[n])
             new.args = (new.args[0], 1, *new.args[2:])
             self._set(node, new, grid)
@@ -316,17 +318,21 @@ def _module_of(node: fx.Node) -> str:
 # -- Verification -----------------------------------------------------------------------------------------------------
 
 
-def window_scores(model: nn.Module, image: torch.Tensor, window: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+def window_scores(
+    model: nn.Module, image: torch.Tensor, window: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
     """The model on each window of an image, ``(N, K, *map)``: what a densified one should give."""
     counts = [(n - w) // s + 1 for n, w, s in zip(image.shape[2:], window, stride, strict=True)]
     out = []
     for place in itertools.product(*map(range, counts)):
         index = [slice(p * s, p * s + w) for p, s, w in zip(place, stride, window, strict=True)]
-        out.append(model(image[(..., *index)]))
+        out.append(model(image[tuple([slice(None), slice(None), *index])]))
     return torch.stack(out, -1).reshape(*out[0].shape, *counts)
 
 
-def _verify(model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slider) -> tuple[dict[str, Any], list[Remark]]:
+def _verify(
+    model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slider
+) -> tuple[dict[str, Any], list[Remark]]:
     small = sum(p.numel() for p in model.parameters()) <= _DOUBLE
     dtype = torch.float64 if small else x.dtype
     original = copy.deepcopy(model).to(dtype) if small else model
@@ -343,7 +349,9 @@ def _verify(model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slid
         raise VerificationError(f"at the training size the densified model differs by {at_home:.1e} of the scores")
     result = {"status": "verified", "error": at_home, "dtype": str(dtype).removeprefix("torch.")}
     if got.shape != expected.shape and not slider.padded:
-        raise VerificationError(f"the map has shape {tuple(got.shape)}, one score per window has {tuple(expected.shape)}")
+        raise VerificationError(
+            f"the map has shape {tuple(got.shape)}, one score per window has {tuple(expected.shape)}"
+        )
     where = "×".join(map(str, larger))
     if not slider.padded:
         away = _difference(expected, got)
@@ -353,8 +361,9 @@ def _verify(model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slid
     common = tuple(slice(0, min(a, b)) for a, b in zip(expected.shape, got.shape, strict=True))
     away = _difference(expected[common], got[common])
     reason = (
-        f"{len(slider.padded)} layers pad ({', '.join(slider.padded[:3])}…): the original sees zeros at the border of each "
-        f"window where the larger image goes on, so on {where} of noise scores differ by up to {away:.1e} of the largest"
+        f"{len(slider.padded)} layers pad ({', '.join(slider.padded[:3])}…): the original sees zeros at the border of "
+        f"each window where the larger image goes on, so on {where} of noise scores differ by up to {away:.1e} of "
+        "the largest"
     )
     return {**result, "notes": [reason]}, [Remark("advice", slider.padded[0], "slide", reason, "nothing padded")]
 

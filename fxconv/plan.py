@@ -580,7 +580,7 @@ def _plan_linear(m: Map, layout: Layout, bias: Const | None) -> list[Plan]:
     batch = [g for g in batch if g]
     chain.to([*batch, tuple(inner)])
     news = [o for o, r in enumerate(m.roles) if isinstance(r, New)]
-    rows = math.prod(int(m.roles[o].size) for o in news)  # type: ignore[union-attr]
+    rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
     width = math.prod(int(m.x.sizes[s]) for s in inner)
     axes = m.contracted
     weight = kernels.permute(m.kernel, [*range(len(news)), *(len(news) + axes.index(s) for s in inner)])

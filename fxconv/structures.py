@@ -33,9 +33,9 @@ def ulp(w: torch.Tensor) -> torch.Tensor:
 class Axis:
     """A pair of factors, one of the rows (``row`` entries inside it) and one of the columns.
 
-    Row index = (outer, o, inner) with o < ``m`` and inner < ``row``; column index = (outer, i, inner) with i < ``n`` and
-    inner < ``column``. The matrix depends on o and i through ``i − stride·o`` only (Toeplitz), or vanishes where they
-    differ (blocks, stride 0).
+    Row index = (outer, o, inner) with o < ``m`` and inner < ``row``; column index = (outer, i, inner) with i < ``n``
+    and inner < ``column``. The matrix depends on o and i through ``i − stride·o`` only (Toeplitz), or vanishes where
+    they differ (blocks, stride 0).
     """
 
     row: int
@@ -85,7 +85,8 @@ def is_zero(w: torch.Tensor) -> bool:
 
 
 def block_axes(w: torch.Tensor, most: int = 3) -> list[Axis]:
-    """Ways in which a matrix is block-diagonal, those with the most blocks first; a diagonal matrix has blocks of 1×1."""
+    """Ways in which a matrix is block-diagonal, those with the most blocks first; a diagonal matrix has blocks of
+    1×1."""
     s = sample(w)
     if not len(s.rows):
         return []
@@ -228,7 +229,8 @@ def _shift_invariant(w: torch.Tensor, axis: Axis, slack: bool) -> bool:
 
 
 def toeplitz_sets(w: torch.Tensor, axes: list[Axis], most: int = 3) -> list[tuple[Axis, ...]]:
-    """One axis, or two nested in one another (outer first): those with the fewest multiply-adds, by a sample of entries."""
+    """One axis, or two nested in one another (outer first): those with the fewest multiply-adds, by a sample of
+    entries."""
     sets: list[tuple[Axis, ...]] = [(a,) for a in axes]
     for a, b in itertools.permutations(axes, 2):
         if a.row % (b.row * b.m) == 0 and a.column % (b.column * b.n) == 0:
@@ -278,7 +280,8 @@ def atoms(shape: torch.Size, axes: tuple[Axis, ...]) -> tuple[list[int], list[in
 
 
 def taps(w: torch.Tensor, axes: tuple[Axis, ...]) -> Taps | None:
-    """The kernel ``[outer row, (taps, inner row)…, outer column, inner column…]`` of a matrix, or None if it is none."""
+    """The kernel ``[outer row, (taps, inner row)…, outer column, inner column…]`` of a matrix, or None if it is none.
+    """
     rows, columns = atoms(w.shape, axes)
     k = w.reshape(*rows, *columns)
     low = high = k.double()
@@ -364,7 +367,9 @@ def selection(w: torch.Tensor) -> torch.Tensor | None:
     if int(w.count_nonzero()) != w.shape[0]:
         return None
     where = w.nonzero()
-    if not torch.equal(where[:, 0].cpu(), torch.arange(w.shape[0])) or not bool((w[where[:, 0], where[:, 1]] == 1).all()):
+    if not torch.equal(where[:, 0].cpu(), torch.arange(w.shape[0])) or not bool(
+        (w[where[:, 0], where[:, 1]] == 1).all()
+    ):
         return None
     return where[:, 1].cpu()
 
@@ -374,7 +379,8 @@ def selection(w: torch.Tensor) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class Factors:
-    """``left @ right`` is the matrix: exactly (to float64 rounding), or within half a unit in the last place of each weight."""
+    """``left @ right`` is the matrix: exactly (to float64 rounding), or within half a unit in the last place of each
+    weight."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -391,7 +397,7 @@ def low_rank(w: torch.Tensor, most: int) -> Factors | None:
     r = torch.randperm(rows, generator=generator)[:side]
     c = torch.randperm(columns, generator=generator)[: 2 * side]
     # All columns count in a narrow sample: sparse matrices hide their rank in few.
-    part = (w[r].double() if columns <= 4 * side else w[r][:, c].double())
+    part = w[r].double() if columns <= 4 * side else w[r][:, c].double()
     tolerance = 64 * torch.finfo(w.dtype).eps
     pivots = torch.linalg.qr(part.T if part.shape[1] > part.shape[0] else part, mode="r").R.diagonal().abs()
     if side > most and float(pivots.min()) > tolerance * float(pivots.max()):

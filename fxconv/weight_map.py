@@ -1,8 +1,8 @@
 """Weights both ways: a checkpoint of the original in the result's names and shapes, and back.
 
-A conversion without merging (Linear ⇄ convolution) only reshapes, permutes or flips a weight. The kernels of the emitted
-parameters say how they were made, so the way there and back can be read off them. ``Options(trainable=True)`` restricts
-the rewrites to those.
+A conversion without merging (Linear ⇄ convolution) only reshapes, permutes or flips a weight. The kernels of the
+emitted parameters say how they were made, so the way there and back can be read off them. ``Options(trainable=True)``
+restricts the rewrites to those.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Entry:
         shapes = [self.shape]
         for kind, numbers in self.steps:
             last = shapes[-1]
-            shapes.append(tuple(last[d] for d in numbers) if kind == "permute" else numbers if kind == "reshape" else last)
+            shapes.append(
+                tuple(last[d] for d in numbers) if kind == "permute" else numbers if kind == "reshape" else last
+            )
         for (kind, numbers), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
             if kind == "permute":
                 inverse = [0] * len(numbers)

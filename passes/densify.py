@@ -1,11 +1,11 @@
 """A window as a dense matrix: for targets that have no convolution.
 
 ``Map with windows or groups ⇒ Map without``: every slot that the map slides along or varies over is contracted, and its
-output slots are rows. A convolution of any stride, padding, dilation and groups, transposed or not, becomes one Linear on
-the flattened input.
+output slots are rows. A convolution of any stride, padding, dilation and groups, transposed or not, becomes one Linear
+on the flattened input.
 
-Exact always. Needs static sizes, and has output size × input size entries, so it is refused above 2**26 of them. Used for
-``target="linear"`` only: wherever a convolution may be emitted it is the better form.
+Exact always. Needs static sizes, and has output size × input size entries, so it is refused above 2**26 of them. Used
+for ``target="linear"`` only: wherever a convolution may be emitted it is the better form.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _densify(v: Value, context: Context) -> Iterator[Outcome]:
 
 
 def matrix(m: Map) -> torch.Tensor:
-    """The map as a dense tensor: one axis per output slot that is not kept, then one per input slot that is not, in float64."""
+    """The map as a dense tensor: one axis per output slot that is not kept, then one per input slot that is not, in
+    float64."""
     k = m.kernel.tensor()
     sources: list[int] = []
     axis = 0

@@ -1,12 +1,12 @@
 """A dense kernel that has a structure becomes the map of that structure.
 
-``W x ⇒`` zero, a scale, a selection of entries, blocks (a grouped map), a window (Toeplitz, 1-d and 2-d, strided, padded,
-several channels), a smaller map of the live columns, repeated rows of a smaller map, two maps of low rank, and for a k×k
-window two windows k×1 and 1×k: "a Linear with lots of zeros performs a convolution".
+``W x ⇒`` zero, a scale, a selection of entries, blocks (a grouped map), a window (Toeplitz, 1-d and 2-d, strided,
+padded, several channels), a smaller map of the live columns, repeated rows of a smaller map, two maps of low rank, and
+for a k×k window two windows k×1 and 1×k: "a Linear with lots of zeros performs a convolution".
 
-Exact where the structure holds on the stored values; where it holds within half a unit in the last place of every weight
-(Toeplitz, low rank) the kernel's ``spec`` says so and the report calls the rewrite "exact to rounding". Anything looser is
-`fxconv.approximate`'s.
+Exact where the structure holds on the stored values; where it holds within half a unit in the last place of every
+weight (Toeplitz, low rank) the kernel's ``spec`` says so and the report calls the rewrite "exact to rounding".
+Anything looser is `fxconv.approximate`'s.
 
 The tests (`fxconv.structures`) look at a sample first, so that an ordinary weight costs next to nothing, and read the
 stored weight in its own dtype. Composed kernels are looked at where they are small.
@@ -48,8 +48,8 @@ def _recover(v: Value, context: Context) -> Iterator[Outcome]:
     while root.spec == "reshape":
         root = root.parents[0]
     # Equal under every reshape: rows by columns is all that a dense kernel's tests see.
-    plain = _plain(m)
-    key = ("structures", math.prod(int(r.size) for r in m.roles if isinstance(r, New)) if plain else (m.roles, m.x.sizes))
+    rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
+    key = f"structures of {rows} rows" if _plain(m) else f"structures of {m.roles} on {m.x.sizes}"
     if key not in root._facts:
         w = native(m.kernel)
         root._facts[key] = tuple(_found(m, w)) if w is not None else ()
@@ -142,8 +142,8 @@ def _dense(w: torch.Tensor) -> Iterator[Build]:
 def _around(m: Map, columns: Sequence[int], body: Callable[[Value, int], Value]) -> Value:
     """``body`` on the operand with its slots as kept ones, then the given factors of the contracted ones.
 
-    ``body`` gets that value and the number of kept slots, and returns one whose slots are the kept ones, then factors of
-    the rows; those become the map's new slots.
+    ``body`` gets that value and the number of kept slots, and returns one whose slots are the kept ones, then factors
+    of the rows; those become the map's new slots.
     """
     kept = [r.src for r in m.roles if isinstance(r, Kept)]
     x = as_value(view(m.x, _singles(m.x.sizes), (*((i,) for i in kept), m.contracted)))
@@ -316,7 +316,7 @@ def _separable(m: Map, w: torch.Tensor, windows: list[int]) -> Iterator[Build]:
         return
     news = [o for o, r in enumerate(m.roles) if isinstance(r, New)]
     k = w.permute(_order(m, [*news, a, b]))
-    rows = math.prod(int(m.roles[o].size) for o in news)  # type: ignore[union-attr]
+    rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
     matrix = k.reshape(rows * ta, -1)
     factors = structures.low_rank(matrix, min((matrix.numel() - 1) // sum(matrix.shape), 256))
     if factors is not None:
@@ -382,7 +382,7 @@ def _grouped(m: Map, w: torch.Tensor, news: list[int], windows: list[int]) -> It
     if len(news) != 1 or len(m.contracted) != 1:
         return
     k = w.permute(_order(m, news))  # [rows, taps…, columns]
-    middle = k[(slice(None), *(s // 2 for s in k.shape[1:-1]))]
+    middle = k.flatten(1, -2)[:, math.prod(k.shape[1:-1]) // 2]
     if not structures.block_axes(middle, most=1):
         return
     pattern = (k != 0).flatten(1, -2).any(1).to(w.dtype)
@@ -422,7 +422,7 @@ def _group_windows(m: Map, k: torch.Tensor, axis: Axis, new: int) -> Value:
 
 def _narrow(m: Map, w: torch.Tensor, news: list[int]) -> Iterator[Build]:
     """A convolution of low rank: the same window to fewer channels, then 1×1."""
-    rows = math.prod(int(m.roles[o].size) for o in news)  # type: ignore[union-attr]
+    rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
     matrix = w.permute(_order(m, news)).reshape(rows, -1)
     columns = matrix.shape[1]
     factors = structures.low_rank(matrix, (rows * columns - 1) // (rows + columns)) if rows > 2 else None

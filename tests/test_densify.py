@@ -13,8 +13,9 @@ from fxconv.densify import window_scores
 
 def lenet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 3, 5), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(), nn.Linear(4 * 2 * 3, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5), nn.Softmax(1),
+        nn.Conv2d(1, 3, 5), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(4 * 2 * 3, 7), nn.BatchNorm1d(7), nn.ReLU(),
+        nn.Linear(7, 5), nn.Softmax(1),
     )  # fmt: skip
 
 
@@ -56,7 +57,9 @@ def test_each_window_is_scored_as_by_itself(name: str) -> None:
     assert dense.window == shape[2:] and dense.window_stride == stride
     assert fxconv.report(dense).verified and not fxconv.report(dense).advice
     torch.testing.assert_close(dense(x).flatten(1), model(x), rtol=1e-12, atol=1e-12)
-    image = torch.randn(3, shape[1], *(n + 3 * s + 1 for n, s in zip(shape[2:], stride, strict=True)), dtype=torch.float64)
+    image = torch.randn(
+        3, shape[1], *(n + 3 * s + 1 for n, s in zip(shape[2:], stride, strict=True)), dtype=torch.float64
+    )
     expected = window_scores(model, image, shape[2:], stride)
     # One more where a window hangs over the edge by pixels that the original does not read.
     got = dense(image)[tuple(slice(0, n) for n in expected.shape)]

@@ -33,11 +33,18 @@ def vgg() -> nn.Module:
     )  # fmt: skip
 
 
+BATCH = ({0: torch.export.Dim.AUTO},)
+"""Only the batch is dynamic."""
+
 CASES = {
     "vgg": (vgg, (3, 3, 8, 10), "conv"),
     "vgg2d": (vgg, (3, 3, 8, 10), "conv2d"),
     "patches": (Patches, (2, 3, 8, 12), "conv"),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 2, 9)), (2, 3, 9), "conv2d"),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 2, 9)),
+        (2, 3, 9),
+        "conv2d",
+    ),
     "full": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), (4, 6), "conv"),
 }
 
@@ -46,7 +53,7 @@ def transformed(name: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     build, shape, target = CASES[name]
     model = randomise(build()).double()
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    result = fxconv.transform(model, x, target=target, options={"trainable": True})
+    result = fxconv.transform(model, x, target=target, dynamic_shapes=BATCH, options={"trainable": True})
     assert fxconv.report(result).applied and fxconv.report(result).verified
     return model, result, x
 
