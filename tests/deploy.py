@@ -35,9 +35,7 @@ def eager(program: ExportedProgram, inputs: Sequence[Tensor], folder: Path) -> O
 def aot_inductor(program: ExportedProgram, inputs: Sequence[Tensor], folder: Path) -> Outputs:
     """An AOTInductor package."""
     options = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False, "compile_threads": 1}
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(folder / "model_aoti.pt2"), inductor_configs=options
-    )
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model_aoti.pt2"), inductor_configs=options)
     return flat(torch._inductor.aoti_load_package(path)(*inputs))
 
 
@@ -90,7 +88,8 @@ def executorch(
     edge = to_edge_transform_and_lower(program, transform_passes=transform_passes, partitioner=[XnnpackPartitioner()])
     path = folder / "model.pte"
     path.write_bytes(edge.to_executorch().buffer)
-    method = Runtime.get().load_program(path).load_method("forward")
+    loaded = Runtime.get().load_program(path)
+    method = loaded.load_method("forward")
     assert method is not None
     return [y.clone() for y in method.execute(list(inputs))]
 
