@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Union
+from typing import Any
 
 import sympy
 import torch
 
-Size = Union[int, sympy.Expr]
+Size = int | sympy.Expr
 
 
 def as_size(value: Any) -> Size:

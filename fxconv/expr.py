@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from fxconv import kernel as kernels
 from fxconv.axes import Size, is_static, product, same
@@ -85,7 +85,7 @@ class Resample:
     size: Size
 
 
-Role = Union[Kept, Shared, New, Window, Resample]
+Role = Kept | Shared | New | Window | Resample
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Apply:
     shifts: bool
 
 
-Node = Union[Leaf, Map, Sum, Const, View, Apply]
+Node = Leaf | Map | Sum | Const | View | Apply
 
 
 def kernel_shape(roles: tuple[Role, ...], x_sizes: tuple[Size, ...]) -> tuple[Size, ...]:

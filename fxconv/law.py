@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Union
 
 from fxconv.axes import Size
 from fxconv.expr import Map, Value, View
@@ -49,7 +48,7 @@ class Joint:
     pairs: tuple[tuple[Value, Value], ...]
 
 
-Outcome = Union[Value, Joint, Refusal]
+Outcome = Value | Joint | Refusal
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ unnamed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -149,9 +150,7 @@ def _common_runs(have: list[list[int]], want: list[int]) -> list[list[int]]:
 
 def plan_view(v: View, layout: Layout) -> Plan:
     """A view: nothing at all where the atoms of each slot are already neighbours in memory."""
-    starts: list[int] = []
-    for split in v.splits:
-        starts.append((starts[-1] + len(v.splits[len(starts) - 1])) if starts else 0)
+    starts = list(itertools.accumulate((len(split) for split in v.splits), initial=0))
     atoms = v.atoms
     slot_of = {a: g for g, group in enumerate(v.groups) for a in group}
     dims = [[starts[s] + k for s in g for k in range(len(v.splits[s]))] for g in layout]

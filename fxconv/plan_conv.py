@@ -232,7 +232,7 @@ def _emit_transposed(
         pad = f.span - 1 - f.offset
         if pad < 0:
             # Zero taps at the end make the padding non-negative.
-            more = -(-(-pad) // f.dilation)
+            more = (-pad + f.dilation - 1) // f.dilation
             k = kernels.placed(k, 3 + i, f.taps + more, 0, 1)
             f = filters[i] = Filter(f.up, 1, f.taps + more, f.dilation, f.offset, f.extent)
             pad = f.span - 1 - f.offset

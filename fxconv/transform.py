@@ -15,13 +15,12 @@ from torch import fx
 
 from fxconv import fingerprint
 from fxconv.advice import advice
-from fxconv.axes import shape_of
 from fxconv.blame import bisect, reproduction
 from fxconv.capture import Captured, capture, restore_inplace
 from fxconv.clusters import Cutter, Pair
 from fxconv.cost import CostModel, Price
 from fxconv.emit import Cluster, Emitted, Emitter
-from fxconv.errors import VerificationError
+from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Leaf, Value
 from fxconv.law import Law
 from fxconv.lift import Lifter
@@ -124,7 +123,14 @@ def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tupl
     if isinstance(args, torch.Tensor):
         args = (args,)
     started = time.perf_counter()
-    captured = capture(model, args, kwargs, dynamic_shapes=options.dynamic_shapes, mode=options.capture)
+    try:
+        captured = capture(model, args, kwargs, dynamic_shapes=options.dynamic_shapes, mode=options.capture)
+    except CaptureError as error:
+        if not isinstance(model, torch.nn.Module) or not (args or kwargs):
+            raise
+        from fxconv.piecewise import transform_parts  # it transforms the parts by this module
+
+        return transform_parts(model, tuple(args or ()), kwargs, options, error)
     return run_captured(model, captured, options, time.perf_counter() - started)
 
 
@@ -186,7 +192,7 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)
-    sizes = example_sizes(captured, symbols)
+    sizes = example_sizes(captured, {s: hint for s, (_, _, hint) in symbols.items()})
     profile = load_profile(options.profile)
     if not profile.measured:
         captured.notes.append(f"times are predicted for {profile.name!r}, whose speeds nobody measured")
@@ -320,22 +326,6 @@ def symbol_ranges(gm: fx.GraphModule) -> Symbols:
             high = int(interval.upper) if interval.upper.is_Integer and interval.upper < 2**31 else None
         out[symbol] = (low, high, int(value))
     return out
-
-
-def example_sizes(captured: Captured, symbols: Symbols) -> dict[sympy.Symbol, int]:
-    """Values of the dynamic sizes for the cost model: those of the example inputs (a batch of 1 was captured at 2)."""
-    values = {s: hint for s, (_, _, hint) in symbols.items()}
-    given = [t for t in torch.utils._pytree.tree_leaves((captured.args, captured.kwargs)) if t is not None]
-    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    if len(given) != len(placeholders):
-        return values
-    for node, value in zip(placeholders, given, strict=True):
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and isinstance(value, torch.Tensor) and val.dim() == value.dim():
-            for size, n in zip(shape_of(val), value.shape, strict=True):
-                if isinstance(size, sympy.Symbol):
-                    values[size] = int(n)
-    return values
 
 
 def _emit(captured: Captured, state: State) -> Emitted:

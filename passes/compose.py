@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import compose
-from fxconv.expr import Map, has_resample
+from fxconv.expr import Map, Value, has_resample
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
 
 
