@@ -17,7 +17,7 @@ import torch
 _SAMPLES = 32
 """Entries looked at before a whole matrix is."""
 
-_RANK_SAMPLE = 320
+_RANK_SAMPLE = 256
 """Side of the submatrix whose full rank rejects low rank: ranks from here on are not looked for in larger matrices."""
 
 _MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}
@@ -394,21 +394,17 @@ def low_rank(w: torch.Tensor, most: int) -> Factors | None:
     rows, columns = w.shape
     side = min(most + 1, rows, columns, _RANK_SAMPLE)
     generator = torch.Generator().manual_seed(0)
-    r = torch.randperm(rows, generator=generator)[:side]
-    c = torch.randperm(columns, generator=generator)[: 2 * side]
-    # All columns count in a narrow sample: sparse matrices hide their rank in few.
-    part = w[r].double() if columns <= 4 * side else w[r][:, c].double()
+    chosen = torch.randperm(rows, generator=generator)[:side]
+    # Some rows seen through random directions: their rank is the matrix's, up to what they can show.
+    directions = torch.randn(columns, side + 8, generator=generator, dtype=torch.float64).to(w.device)
     tolerance = 64 * torch.finfo(w.dtype).eps
-    pivots = torch.linalg.qr(part.T if part.shape[1] > part.shape[0] else part, mode="r").R.diagonal().abs()
-    if side > most and float(pivots.min()) > tolerance * float(pivots.max()):
+    sizes = torch.linalg.svdvals(w[chosen.to(w.device)].double() @ directions)
+    shown = _count(sizes, tolerance * float(sizes[0]))
+    if shown == 0 or shown > most or shown == side == _RANK_SAMPLE:
         return None
-    if side <= most and side == _RANK_SAMPLE and float(pivots.min()) > tolerance * float(pivots.max()):
-        return None
-    if max(rows, columns) > 16 * _RANK_SAMPLE or min(rows, columns) > 4 * _RANK_SAMPLE:
-        u, s, v = torch.svd_lowrank(w.double(), q=min(most + 8, _RANK_SAMPLE, rows, columns), niter=3)
-        vh = v.T
-    else:
-        u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    basis = torch.linalg.qr(w.double() @ directions[:, : shown + 8]).Q
+    u, s, vh = torch.linalg.svd(basis.T @ w.double(), full_matrices=False)
+    u = basis @ u
     spread = float(s[0])
     for rank in dict.fromkeys((_count(s, 1e-13 * spread), _count(s, tolerance * spread))):
         if not 0 < rank <= most:
