@@ -1,7 +1,7 @@
 """Deployed results of transformed models, in every runtime, against the deployed results of the originals.
 
-Both are measured against the original in float64: the transformed model may be off by what the runtime's own rounding
-makes of the original, not by more.
+Both are measured against the original in float64: the transformed model may be off by what rounding makes of the original,
+not by more.
 """
 
 from __future__ import annotations
@@ -94,9 +94,14 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param, inputs, before, after, reference)
 
 
+DEPLOYED_BEFORE = ("segformer_head", "vgg11")
+"""Originals that are deployed too. The others take minutes to lower; PyTorch's own rounding stands in for them."""
+
+
 def as_accurate(case: Case, run: Callable[[ExportedProgram], list[Tensor]]) -> None:
-    before, after = (deploy.error(run(program), case.reference) for program in (case.before, case.after))
-    assert after <= 4 * before + 2e-6, f"{case.name}: off by {after:.1e}, the original by {before:.1e}"
+    before = run(case.before) if case.name in DEPLOYED_BEFORE else deploy.flat(case.before.module()(*case.inputs))
+    old, new = deploy.error(before, case.reference), deploy.error(run(case.after), case.reference)
+    assert new <= 4 * old + 2e-6, f"{case.name}: off by {new:.1e}, the original by {old:.1e}"
 
 
 def test_numbers_survive(case: Case, tmp_path: Path) -> None:
