@@ -99,13 +99,21 @@ MODELS: dict[str, Entry] = {
 
 
 def make(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model in eval mode, with random weights and BatchNorm statistics that are not trivial, and its inputs."""
+    """A model in eval mode and its inputs.
+
+    The weights are random, and none of them zero: several models start their residual branches at BatchNorm weights of
+    zero, and a branch times zero is work that a rewrite may drop, which trained weights would not allow.
+    """
     torch.manual_seed(0)
     entry = MODELS[name]
     model = entry.make().eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_(std=0.1)
-            assert module.running_var is not None
-            module.running_var.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(std=0.1)
     return model, (torch.randn(entry.shape),)
