@@ -32,7 +32,7 @@ from fxconv.window import Filter, selection_filter
 
 Build = Callable[[Map], Value]
 
-_COMPOSED = 2**16
+_COMPOSED = 2**14
 """Entries up to which kernels that are no stored weight are computed to be looked at."""
 
 
