@@ -43,11 +43,13 @@ class Cutter:
         self.before = {n.name: n for n in captured.graph.nodes}
         self.after = {n.name: n for n in emitted.gm.graph.nodes}
         self.renamed = {c.result: c.node for c in emitted.clusters}
+        self.norms = False
 
     def cut(self, cluster: Cluster) -> Pair:
         """The two sides of one cluster."""
         reads = {self.state.originals[v].node.name for v in cluster.reads}
         target = self.before[cluster.node]
+        self.norms = any(n in self.after and self.after[n].meta.get("fxconv_apply") for n in cluster.new_nodes)
         free = {name for name in reads if not self._reaches(self.before[name], reads)}
         original_nodes, original_inputs, aliases = self._upstream(target, free, self._stops_before)
         result = self.after[cluster.result]
@@ -85,9 +87,15 @@ class Cutter:
             seen.add(n)
             if n.name in reads:
                 return True
-            if n in self.lifted.ops and not isinstance(self.lifted.refs[n].value.node, Apply):
+            if n in self.lifted.ops and not self._is_function(n):
                 stack.extend(n.all_input_nodes)
         return False
+
+    def _is_function(self, node: fx.Node) -> bool:
+        """Whether a lifted node is nonlinear; a norm whose affine tail this cluster absorbed is looked through."""
+        if isinstance(self.lifted.refs[node].value.node, Apply):
+            return True
+        return self.lifted.ops[node].name == "norm_affine" and not self.norms
 
     def _stops_before(self, node: fx.Node) -> bool:
         val = node.meta.get("val")
