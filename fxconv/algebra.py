@@ -11,6 +11,7 @@ import itertools
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -93,8 +94,8 @@ def refine(m: Raw, in_splits: Splits | None, out_splits: Splits | None) -> tuple
     Returns the refined map and the splits of its input and output slots, which can be finer than those asked for where
     a kept slot was split differently on its two sides; or the reason why it can't be done.
     """
-    ins = list(in_splits) if in_splits is not None else [(s,) for s in m.in_sizes]
-    outs = list(out_splits) if out_splits is not None else [(s,) for s in m.out_sizes]
+    ins: list[tuple[Size, ...]] = list(in_splits) if in_splits is not None else [(s,) for s in m.in_sizes]
+    outs: list[tuple[Size, ...]] = list(out_splits) if out_splits is not None else [(s,) for s in m.out_sizes]
     for o, role in enumerate(m.roles):
         if isinstance(role, (Kept, Shared)):
             if role_size(role, m.in_sizes) == 1:
@@ -291,8 +292,7 @@ def _compose_numbers(
             assert isinstance(data, Cascade)
             options = [(y, t2, s1, s) for t2, s1, s in data.meetings()]
         else:
-            f, n_in, n_out = data  # type: ignore[misc]
-            assert isinstance(f, Filter)
+            f, n_in, n_out = cast("tuple[Filter, Size, Size]", data)
             for t in range(f.taps):
                 pairs = affine_pairs(f.up, f.down, t * f.dilation - f.offset, int(n_out), int(n_in))
                 if pairs is not None:
@@ -470,9 +470,9 @@ def _absorb(m: Raw, v: View) -> Value:
             new_splits.append((product(split),))
             in_slot += 1
         elif set(names) in ({"Kept"}, {"Shared"}):
-            role: Role = Kept(in_slot) if names[0] == "Kept" else Shared(in_slot)
+            whole: Role = Kept(in_slot) if names[0] == "Kept" else Shared(in_slot)
             axes = [] if names[0] == "Kept" else [axis_of["out", o] for o in outs]
-            out_of[outs[0]] = (role, outs, axes)
+            out_of[outs[0]] = (whole, outs, axes)
             held.update(outs)
             new_splits.append((product(split),))
             in_slot += 1
@@ -516,10 +516,10 @@ def _absorb(m: Raw, v: View) -> Value:
             if not isinstance(new_role, (Kept, Resample)):
                 axes_order.append(axes)
     axes_order += contracted
-    k = kernels.permute(fine.kernel, [x for group in axes_order for x in group])
-    k = kernels.reshape(k, [product([fine.kernel.shape[x] for x in group]) for group in axes_order])
+    kernel = kernels.permute(fine.kernel, [x for group in axes_order for x in group])
+    kernel = kernels.reshape(kernel, [product([fine.kernel.shape[x] for x in group]) for group in axes_order])
     base = as_value(split_view(v.x, tuple(new_splits)))
-    out = _finish(base, _tidy(Raw(base.sizes, tuple(roles), k)))
+    out = _finish(base, _tidy(Raw(base.sizes, tuple(roles), kernel)))
     sizes = fine.out_sizes
     post_splits = tuple(tuple(sizes[o] for o in outs) for outs in out_members)
     number = {o: n for n, o in enumerate(o for outs in out_members for o in outs)}

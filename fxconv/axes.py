@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Size = int | sympy.Expr
+# A sympy expression where dynamic; sympy has no types to name it by.
+Size: TypeAlias = int | Any
 
 
 def as_size(value: Any) -> Size:
@@ -38,7 +39,7 @@ def is_static(size: Size) -> bool:
 def product(sizes: Sequence[Size]) -> Size:
     """The product of sizes; 1 for none."""
     if all(isinstance(s, int) for s in sizes):
-        return math.prod(sizes)  # type: ignore[arg-type]
+        return math.prod(sizes)
     return as_size(sympy.Mul(*sizes))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
 from fxconv.algebra import Raw, Splits, as_value, normal, raw, refine, regroup
-from fxconv.axes import common_refinement, is_static
+from fxconv.axes import Size, common_refinement, is_static
 from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, View, Window, identity_map, split_view
 from fxconv.kernel import Kernel
 from fxconv.window import Filter
@@ -154,10 +153,10 @@ def _to_common_atoms(branches: Sequence[Branch]) -> tuple[list[Raw], Splits, Spl
     return "branches have no common axes"
 
 
-def _relative(mine: Splits, joint: Sequence[tuple]) -> Splits:  # type: ignore[type-arg]
+def _relative(mine: Splits, joint: Sequence[tuple[Size, ...]]) -> Splits:
     from fxconv.axes import split_like
 
-    out = []
+    out: list[tuple[Size, ...]] = []
     for split, fine in zip(mine, joint, strict=True):
         parts = split_like(split, fine)
         out.extend(parts if parts is not None else [(s,) for s in split])

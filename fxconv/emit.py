@@ -83,7 +83,9 @@ class Emitter:
                 continue
             old = self.twins[state.originals[c.value].node]
             new = next(n for n in self.gm.graph.nodes if n.name == c.result)
-            old.replace_all_uses_with(new, delete_user_cb=lambda u, new=new: u is not new)
+            for user in list(old.users):
+                if user is not new:
+                    user.replace_input_with(old, new)
         self._clean()
         alive = {n.name for n in self.gm.graph.nodes}
         kept = [

@@ -349,7 +349,9 @@ class Nonlinear:
         shape = chain.shape()
         if len(x.meta["val"].shape) != len(shape):
             x = emitter.writer.write(Step("reshape", shape, shape), x)
-        return emitter.writer.again(emitter.twins[self.node], emitter.twins[self.op.inputs[0]], x), chain.layout
+        operand = self.op.inputs[0]
+        assert isinstance(operand, fx.Node)
+        return emitter.writer.again(emitter.twins[self.node], emitter.twins[operand], x), chain.layout
 
 
 def operand_constant(lifter: Lifter, operand: Operand, what: str) -> kernels.Kernel:

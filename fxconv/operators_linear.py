@@ -35,7 +35,8 @@ def _conv(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
             for i in range(nd)
         ]
     else:
-        filters = [conv_filter(taps[i], a["stride"][i], *a["padding"][i], a["dilation"][i]) for i in range(nd)]
+        per_axis = zip(taps, a["stride"], a["padding"], a["dilation"], strict=True)
+        filters = [conv_filter(t, s, lo, hi, d) for t, s, (lo, hi), d in per_axis]
     ref = lifter.ref(x)
     if transposed:
         c_in, per_group = int(k.shape[0]), int(k.shape[1])
@@ -135,12 +136,7 @@ def contract(ref: Ref, labels: str, k: Kernel, k_labels: str, out: str) -> Ref:
         if label not in labels and label not in out:
             axis = k_labels.index(label)
             source, k_labels = k, k_labels.replace(label, "")
-            k = kernels.derive(
-                tuple(s for i, s in enumerate(source.shape) if i != axis),
-                ("sum", (axis,), 1.0),
-                (source,),
-                lambda source=source, axis=axis: source.tensor().sum(axis),
-            )
+            k = _summed(source, axis)
     for position, label in enumerate(labels):
         if label not in out and label not in k_labels:
             size = ref.shape[position]
@@ -187,6 +183,11 @@ def contract(ref: Ref, labels: str, k: Kernel, k_labels: str, out: str) -> Ref:
         columns = sorted([*columns, *((s, len(axis_of) + i) for i, s in enumerate(spare))])
     k = kernels.permute(k, [*axes, *(axis for _, axis in columns)])
     return Ref(make_map(x, roles, k), tuple(dims))
+
+
+def _summed(k: Kernel, axis: int) -> Kernel:
+    shape = tuple(s for i, s in enumerate(k.shape) if i != axis)
+    return kernels.derive(shape, ("sum", (axis,), 1.0), (k,), lambda: k.tensor().sum(axis))
 
 
 @rule("matmul")

@@ -6,7 +6,7 @@ import math
 
 from fxconv import kernel as kernels
 from fxconv.axes import Size, is_static, product
-from fxconv.expr import Const, Map, New, Shared, Window, axis_positions
+from fxconv.expr import Const, Map, New, Shared, Window, axis_positions, role_size
 from fxconv.kernel import Kernel
 from fxconv.plan import Chain, Layout, Plan, Target, _kept_rename, bias_kernel
 from fxconv.window import Filter, conv_filter
@@ -80,7 +80,7 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
     news = [o for o, r in enumerate(m.roles) if isinstance(r, New)]
     rename = _kept_rename(m)
     group_count = math.prod(int(sizes[s]) for s in shared)
-    rows = math.prod(int(m.roles[o].size) for o in news)  # type: ignore[union-attr]
+    rows = math.prod(int(role_size(m.roles[o], sizes)) for o in news)
     columns = [s for s in channel if s in contracted]
     width = math.prod(int(sizes[s]) for s in columns)
     axis = axis_positions(m)

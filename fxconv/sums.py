@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fxconv.axes import is_static
+from fxconv.axes import Size, is_static
 from fxconv.expr import Const, Kept, Map, Sum, Value, Window, is_selection
 from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
 
@@ -157,7 +157,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
     return SumPlan(tuple(parts), adds, layout)
 
 
-def _rearranged(p: Part, layout: Layout, sizes: tuple, layout_of: Callable[[Value], Layout]) -> Part:  # type: ignore[type-arg]
+def _rearranged(p: Part, layout: Layout, sizes: tuple[Size, ...], layout_of: Callable[[Value], Layout]) -> Part:
     if p.kind == "const" or not p.values:
         return p
     chains = []

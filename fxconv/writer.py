@@ -268,10 +268,12 @@ class Writer:
                     "bias": bias is not None,
                 }
                 if step.kind == "conv":
-                    module = _CONV[nd][1](w.shape[1] * a["groups"], w.shape[0], tuple(w.shape[2:]), **options)
+                    kind: Any = _CONV[nd][1]
+                    module = kind(w.shape[1] * a["groups"], w.shape[0], tuple(w.shape[2:]), **options)
                 else:
                     options["output_padding"] = tuple(a["output_padding"])
-                    module = _TRANSPOSED[nd][1](w.shape[0], w.shape[1] * a["groups"], tuple(w.shape[2:]), **options)
+                    kind = _TRANSPOSED[nd][1]
+                    module = kind(w.shape[0], w.shape[1] * a["groups"], tuple(w.shape[2:]), **options)
         module.eval()
         name = self.fresh_name(self.base)
         for role, source in (("weight", weight), ("bias", bias)):

@@ -27,7 +27,7 @@ def _preserves(m: Map, c: Const) -> Const | None:
         if c.varies[o]:
             if not isinstance(r, Kept):
                 return None
-            varies[r.src] = True  # type: ignore[union-attr]
+            varies[r.src] = True
     kept_order = [r.src for o, r in enumerate(m.roles) if c.varies[o] and isinstance(r, Kept)]
     if kept_order != sorted(kept_order):
         return None
