@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from fxconv import kernel as kernels
 from fxconv.algebra import Meeting, as_value, meet, moved, normal, regroup
 from fxconv.axes import is_static
-from fxconv.expr import Kept, Map, New, Role, Shared, Value, Window, split_view
+from fxconv.expr import Kept, Map, New, Role, Shared, Value, Window, is_selection, split_view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
 from fxconv.window import affine_pairs
 
@@ -25,6 +25,8 @@ def _commute(v: Value, context: Context) -> Iterator[Outcome]:
         return
     outer, view, x = found
     assert isinstance(x.node, Map)
+    if is_selection(outer) and is_selection(x.node):
+        return  # they compose; in another order they are no cheaper
     m = meet(outer, x.node, view)
     if isinstance(m, str):
         yield Refusal(m)
