@@ -11,12 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.expr import Map, Sum, Value
+from fxconv.expr import Kept, Map, Shared, Sum, Value
 from fxconv.law import Context, Law, Outcome
 
 
+def _computes(v: Value) -> bool:
+    """Whether a value is more than a scale and a shift, for which the original's BatchNorm is as good as any spelling."""
+    if isinstance(v.node, Sum):
+        return any(_computes(t) for t in v.node.terms)
+    if not isinstance(v.node, Map):
+        return False
+    return bool(v.node.contracted) or any(not isinstance(r, (Kept, Shared)) for r in v.node.roles)
+
+
 def _restate(v: Value, context: Context) -> Iterator[Outcome]:
-    if isinstance(v.node, (Map, Sum)):
+    if isinstance(v.node, (Map, Sum)) and _computes(v):
         yield v
 
 
