@@ -21,7 +21,7 @@ from fxconv.pipelines.dynamo import backend
 from fxconv.report import Report
 from fxconv.report import read as report
 from fxconv.transform import explain, transform
-from fxconv.verify_model import verify
+from fxconv.verify import verify  # by the module of that name, which a later import would put in its place
 from fxconv.version import __version__
 from fxconv.weight_map import WeightMap, weight_map
 

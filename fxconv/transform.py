@@ -381,7 +381,7 @@ def _verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> No
         if options.verify == "raise":
             cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
             example = {s: hint for s, (_, _, hint) in symbols.items()}
-            script = reproduction(pair.original, pair.replacement, _concrete(pair, example), options.seed)
+            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example)
             raise VerificationError(
                 f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
             )
@@ -391,12 +391,6 @@ def _verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> No
             take_back(outcome.state, cluster.value)
         outcome.emitted = _emit(outcome.captured, outcome.state)
         outcome.after = outcome.state.total
-
-
-def _concrete(pair: Pair, example: dict[sympy.Symbol, int]) -> list[Any]:
-    from fxconv.probe import shapes_at
-
-    return list(shapes_at(pair.inputs, example))
 
 
 def _exactness(emitted: Emitted, cluster: Cluster) -> str:

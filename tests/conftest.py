@@ -32,7 +32,7 @@ def _one_thread_and_a_fixed_seed() -> Iterator[None]:
 
 
 HERE = Path(__file__).parent
-NETWORKS = ("test_torchvision.py", "test_timm_reparam.py", "test_mutants.py", "test_property.py", "test_regions_hf.py")
+NETWORKS = ("test_torchvision.py", "test_timm_reparam.py", "test_property.py", "test_regions_hf.py")
 """Whole networks and long sweeps; each takes minutes. In an ordinary run the rest of the suite stands for them."""
 QUICK = ("resnet18", "mobilenet_v3_small")
 """The networks that every run takes anyway."""
@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         name = item.nodeid.removeprefix("tests/")
         network = item.path.name in NETWORKS and not any(q in item.name for q in QUICK)
+        network |= item.name.startswith("test_no_false_alarm_on_random_regions")
         if network or any(name.startswith(g) for g in known):
             out.append(item)
     config.hook.pytest_deselected(items=out)
