@@ -162,7 +162,6 @@ def plan_view(v: View, layout: Layout) -> Plan:
     chain = Chain(atoms, tuple(tuple(a for a in d) for d in dims))
     in_place = [a for a in order if atoms[a] != 1] == [a for a in wanted if atoms[a] != 1]
     crossing = any(len({i for i, d in enumerate(dims) for a in g if a in d and atoms[a] != 1}) > 1 for g in v.groups)
-    rename: dict[int, int] = {}
     if in_place and not crossing:
         seen: set[int] = set()
         groups: list[tuple[int, ...]] = []
@@ -180,7 +179,6 @@ def plan_view(v: View, layout: Layout) -> Plan:
         if slot_of[a] not in slots_in_order:
             slots_in_order.append(slot_of[a])
     chain.to([v.groups[g] for g in slots_in_order])
-    del rename
     return Plan(tuple(chain.steps), tuple((g,) for g in slots_in_order))
 
 
@@ -300,7 +298,7 @@ def _plan_selection(m: Map, layout: Layout) -> list[Plan]:
     pads = [(0, 0)] * len(shape)
     slices: list[tuple[int, int, int | None, int]] = []
     later: list[tuple[int, int, int | None, int]] = []
-    for o, r in enumerate(m.roles):
+    for r in m.roles:
         if not isinstance(r, Window):
             continue
         d = next(i for i, g in enumerate(chain.layout) if r.src in g)
@@ -318,7 +316,6 @@ def _plan_selection(m: Map, layout: Layout) -> list[Plan]:
             if step != f.down:
                 later.append((d, 0, None, f.down))
         shape[d] = r.size
-        del o
     for d, start, end, step in slices:
         now = list(chain.steps[-1].shape if chain.steps else chain.shape())
         now[d] = shape[d] if pads[d] == (0, 0) else now[d]

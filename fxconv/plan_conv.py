@@ -72,10 +72,9 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
         else:
             filters.append(Filter())
     out_sizes: list[Size] = []
-    for g, f in zip(groups, filters, strict=True):
+    for g in groups:
         s = g[0] if len(g) == 1 else -1
         out_sizes.append(windows[s].size if s in windows else 1 if s in swept else product([sizes[t] for t in g]))
-        del f
 
     news = [o for o, r in enumerate(m.roles) if isinstance(r, New)]
     rename = _kept_rename(m)
@@ -100,10 +99,9 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
     taps = [f.taps for f in filters]
     k = kernels.reshape(k, (group_count, rows, width, *taps))
     out_channels = (*(rename[s] for s in shared_order), *news)
-    weights: list[Kernel] = []
     before = chain.shape()
     lead: list[Size] = [before[0]]
-    ok = (_emit_transposed if transposed else _emit_conv)(chain, k, filters, before, out_sizes, lead, group_count, weights)
+    ok = (_emit_transposed if transposed else _emit_conv)(chain, k, filters, before, out_sizes, lead, group_count)
     if not ok:
         return None
     if bias is not None:
@@ -162,7 +160,6 @@ def _emit_conv(
     out_sizes: list[Size],
     lead: list[Size],
     group_count: int,
-    weights: list[Kernel],
 ) -> bool:
     _, rows, width, *taps = (int(s) for s in k.shape)
     weight = kernels.reshape(k, (group_count * rows, width, *taps))
@@ -222,7 +219,6 @@ def _emit_transposed(
     out_sizes: list[Size],
     lead: list[Size],
     group_count: int,
-    weights: list[Kernel],
 ) -> bool:
     _, rows, width, *_ = (int(s) for s in k.shape)
     padding: list[int] = []

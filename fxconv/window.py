@@ -115,7 +115,6 @@ class Cascade:
     _outer_step: int
     _inner_step: int
     _first: int
-    _phase: int
     _unit: int
     outer_taps: int
     inner_taps: int
@@ -199,7 +198,7 @@ def _cascade(outer: Filter, inner: Filter) -> Cascade | str:
         first, last, unit = positions[0], positions[-1], step
     taps = (last - first) // unit + 1
     composite = Filter(up // g, down // g, taps, max(unit // g, 1), (offset - first) // g, extent // g if g > 1 else extent)
-    return Cascade(composite, outer_step, inner_step, first, 0, unit, outer.taps, inner.taps)
+    return Cascade(composite, outer_step, inner_step, first, unit, outer.taps, inner.taps)
 
 
 def cascade(outer: Filter, inner: Filter, n_in: Size, n_mid: Size, n_out: Size) -> Cascade | str:
