@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxconv import kernel as kernels
+from fxconv.asks import redirect_asks
 from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
 from fxconv.kernel import Kernel
@@ -97,12 +98,17 @@ class Emitter:
         return Emitted(self.gm, tuple(kept), self.writer.parameters)
 
     def _clean(self) -> None:
+        self._erase_dead()
+        redirect_asks(self.gm)
+        self._erase_dead()
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+    def _erase_dead(self) -> None:
         # fx's own dead-code elimination keeps random operators, and eval-mode dropout counts as one.
         for node in reversed(self.gm.graph.nodes):
             if not node.users and node.op not in ("placeholder", "output") and not _mutates(node):
                 self.gm.graph.erase_node(node)
-        self.gm.graph.lint()
-        self.gm.recompile()
 
     def _emit_cluster(self, v: Value, original: fx.Node) -> Cluster:
         twin = self.twins[original]

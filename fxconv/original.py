@@ -22,6 +22,10 @@ FREE = frozenset(
 )
 
 
+ORDERED = frozenset(("conv", "linear", "matmul", "addmm", "avg_pool", "adaptive_avg_pool", "interpolate"))
+"""Operators that want their first operand contiguous, and copy it where it is not."""
+
+
 def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
     """The steps that an operator stands for, as it is spelled."""
     if op.name in FREE:
@@ -90,15 +94,18 @@ def _contracted_size(weight: Kernel, in_shape: tuple[Size, ...], shape: tuple[Si
 def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> Iterator[tuple[Step, int]]:
     """The copies that layout operators make between an operator and what it reads, and how many readers share each.
 
-    A permute is a view, and so is a reshape of dims that are neighbours in memory; a reshape after a permute copies.
+    A permute is a view, and so is a reshape of dims that are neighbours in memory; a reshape after a permute copies, and
+    so does a convolution or a matrix product of a permuted tensor.
 
     Args:
         lifter: the lifted graph.
         op: the operator.
         number: the value of a dynamic size.
     """
-    for operand in op.inputs:
+    for k, operand in enumerate(op.inputs):
         n = operand
+        if isinstance(n, fx.Node) and k == 0 and op.name in ORDERED and _permuted(n, number):
+            yield Step("permute", shape_of(n.meta["val"]), shape_of(n.meta["val"])), 1
         while isinstance(n, fx.Node) and (layout := lifter.lifted.ops.get(n)) is not None and layout.name in FREE:
             source = layout.inputs[0]
             if not isinstance(source, fx.Node):
@@ -106,6 +113,15 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
             if _copies(n, layout, source, number):
                 yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), max(len(n.users), 1)
             n = source
+
+
+def _permuted(n: fx.Node, number: Callable[[Size], float]) -> bool:
+    """Whether a tensor's dims are not in the order of its strides."""
+    val = n.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return False
+    strides = [number(as_size(s)) for size, s in zip(val.shape, val.stride(), strict=True) if as_size(size) != 1]
+    return strides != sorted(strides, reverse=True)
 
 
 def _copies(node: fx.Node, op: Op, source: fx.Node, number: Callable[[Size], float]) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from fxconv import fingerprint
 from fxconv.advice import advice
+from fxconv.asks import asks_shape
 from fxconv.blame import bisect, reproduction
 from fxconv.capture import Captured, capture, restore_inplace
 from fxconv.clusters import Cutter, Pair
@@ -260,7 +261,7 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
     """Values that nodes outside the affine regions read; asking for a shape is not reading."""
     roots: list[Value] = []
     for node in gm.graph.nodes:
-        if node in lifter.lifted.ops or _asks_shape(node):
+        if node in lifter.lifted.ops or asks_shape(node):
             continue
         if lifter.lifted.barriers.get(node) == "" and all(u in lifter.lifted.ops or not u.users for u in node.users):
             # split, chunk: their parts are lifted from what they read.
@@ -270,13 +271,6 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
             if ref is not None and not isinstance(ref.value.node, Const):
                 roots.append(ref.value)
     return roots
-
-
-def _asks_shape(node: fx.Node) -> bool:
-    if node.op == "output":
-        return False
-    name = str(node.target)
-    return name.startswith("aten.sym_") or (node.op == "call_method" and name in ("size", "dim"))
 
 
 def _frozen(gm: fx.GraphModule, lifter: Lifter, options: Options) -> set[Value]:

@@ -1,0 +1,95 @@
+"""Nodes that ask for a tensor's shape: they read no values, and must not keep a tensor alive that nothing else reads."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+
+import torch
+from torch import fx
+
+from fxconv.axes import same, shape_of
+
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
+
+
+def asks_shape(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape (or dtype, device) and none of its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.target is builtins.getattr:
+        return len(node.args) > 1 and node.args[1] in _ATTRIBUTES
+    return node.op == "call_function" and str(node.target).startswith("aten.sym_")
+
+
+def redirect_asks(gm: fx.GraphModule) -> None:
+    """Let nodes that only ask a tensor for a size ask another tensor with that size, where that one is computed anyway."""
+    nodes = list(gm.graph.nodes)
+    position = {n: i for i, n in enumerate(nodes)}
+    asked = [n for n in nodes if n.op.startswith("call_") and n.users and all(asks_shape(u) for u in n.users)]
+    if not asked:
+        return
+    idle = set(asked)
+    alive = [n for n in nodes if n not in idle and n.users and isinstance(n.meta.get("val"), torch.Tensor)]
+    alive = [n for n in alive if n.op != "get_attr"]
+    for n in asked:
+        if not isinstance(n.meta.get("val"), torch.Tensor):
+            continue
+        for ask in list(n.users):
+            for question, dim in _questions(ask):
+                _redirect(n, question, dim, alive, position)
+
+
+def _questions(ask: fx.Node) -> list[tuple[fx.Node, int | None]]:
+    """The nodes whose result is one size (with the dim) or the whole shape (None) of what ``ask`` is asked of."""
+    dim = ask.args[1] if len(ask.args) > 1 else ask.kwargs.get("dim")
+    if isinstance(dim, int):
+        return [(ask, dim)]
+    if ask.target is builtins.getattr and dim != "shape" or ask.target not in (builtins.getattr, "size"):
+        return [(ask, None)]
+    parts = [(u, u.args[1]) for u in ask.users if u.target is operator.getitem and isinstance(u.args[1], int)]
+    return parts if len(parts) == len(ask.users) else [(ask, None)]  # type: ignore[return-value]
+
+
+def _redirect(
+    n: fx.Node, question: fx.Node, dim: int | None, alive: list[fx.Node], position: dict[fx.Node, int]
+) -> None:
+    wanted = shape_of(n.meta["val"])
+    first_user = min((position[u] for u in question.users if u in position), default=-1)
+    for other in alive:
+        if position[other] >= first_user:
+            return
+        have = shape_of(other.meta["val"])
+        if other.meta["val"].dtype != n.meta["val"].dtype:
+            continue
+        if dim is None:
+            if len(have) != len(wanted) or not all(same(a, b) for a, b in zip(have, wanted, strict=True)):
+                continue
+            new_dim: int | None = None
+        else:
+            at = [d for d, size in enumerate(have) if same(size, wanted[dim])]
+            if not at:
+                continue
+            new_dim = at[0]
+        _ask(question, other, new_dim, position)
+        return
+
+
+def _ask(question: fx.Node, other: fx.Node, dim: int | None, position: dict[fx.Node, int]) -> None:
+    """Put the same question to another tensor, no earlier than that tensor is there."""
+    graph = question.graph
+    place = question if position[other] < position[question] else other
+    with graph.inserting_before(question) if place is question else graph.inserting_after(other):
+        if dim is None:
+            new = graph.create_node(question.op, question.target, (other, *question.args[1:]), dict(question.kwargs))
+        elif question.op == "call_function" and question.target is not operator.getitem:
+            new = graph.call_function(question.target, (other, dim))  # type: ignore[arg-type]
+        else:
+            new = graph.call_method("size", (other, dim))
+    new.meta = dict(question.meta)
+    position[new] = max(position[other], position[question])
+    question.replace_all_uses_with(new)
+    source = question.args[0]
+    graph.erase_node(question)
+    if isinstance(source, fx.Node) and not source.users and asks_shape(source):
+        graph.erase_node(source)
