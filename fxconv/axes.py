@@ -40,6 +40,11 @@ def product(sizes: Sequence[Size]) -> Size:
     """The product of sizes; 1 for none."""
     if all(isinstance(s, int) for s in sizes):
         return math.prod(sizes)
+    return _symbolic_product(tuple(sizes))
+
+
+@lru_cache(maxsize=65536)
+def _symbolic_product(sizes: tuple[Size, ...]) -> Size:
     return as_size(sympy.Mul(*sizes))
 
 

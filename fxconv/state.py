@@ -17,7 +17,7 @@ from fxconv.cost import CostModel, Price, score
 from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, is_selection, operands, walk
 from fxconv.lift import Lifter
 from fxconv.original import layout_copies, original_steps
-from fxconv.plan import Chain, Layout, Plan, Step, Target, plan_map, plan_view
+from fxconv.plan import Chain, Layout, Plan, Step, Target, gathered, plan_map, plan_view
 from fxconv.strides import reading, sliced_at
 from fxconv.sums import concatenated, plan_sum
 
@@ -42,6 +42,26 @@ class Original:
 
 
 @dataclass
+class _Change:
+    """One entry of the log: what a value's node was, and what was priced otherwise then."""
+
+    v: Value
+    node: Node
+    restated: bool
+    total: Price
+    priced: dict[Value, tuple[Price | None, Layout | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _MapPrice:
+    """What writing a map or a view comes to: its price, the layout of the result, and the slice that it ends in."""
+
+    price: Price
+    layout: Layout
+    sliced: tuple[Step, int] | None
+
+
+@dataclass
 class State:
     """Values of one graph under rewriting."""
 
@@ -61,7 +81,9 @@ class State:
     owners: dict[Value, list[Value]] = field(default_factory=dict)
     levels: dict[Value, int] = field(default_factory=dict)
     total: Price = field(default_factory=Price)
-    _log: list[tuple[Value, Node, bool]] = field(default_factory=list)
+    _log: list[_Change] = field(default_factory=list)
+    _map_prices: dict[object, _MapPrice | None] = field(default_factory=dict)
+    _sum_prices: dict[object, tuple[Price, Layout]] = field(default_factory=dict)
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -266,10 +288,20 @@ class State:
         return False
 
     def _set(self, v: Value, node: Node, restate: bool) -> None:
-        self._log.append((v, v.node, v in self.restated))
-        self._assign(v, node, restate)
+        change = _Change(v, v.node, v in self.restated, self.total)
+        self._log.append(change)
+        self._assign(v, node, restate, change.priced)
 
-    def _assign(self, v: Value, node: Node, restate: bool) -> None:
+    def _assign(
+        self, v: Value, node: Node, restate: bool, before: dict[Value, tuple[Price | None, Layout | None]] | None = None
+    ) -> None:
+        """Let v be computed by a node; ``before`` takes the prices and layouts that this changes."""
+        touched = self._rewire(v, node, restate)
+        if touched:
+            self._reprice(touched, before)
+
+    def _rewire(self, v: Value, node: Node, restate: bool) -> set[Value]:
+        """Set a value's node and count uses anew; the values whose readers or reads have changed."""
         alive = v in self.uses
         before = self.reads(v) if alive else ()
         v.node = node
@@ -278,14 +310,14 @@ class State:
         else:
             self.restated.discard(v)
         if not alive:
-            return
+            return set()
         touched: set[Value] = {v}
         after = self.reads(v)
         for x in after:
             self._use(x, v, touched)
         for x in before:
             self._drop(x, v, touched)
-        self._reprice(touched)
+        return touched
 
     def retract_impossible(self) -> None:
         """Restore what the target has no operator for: where there is none either way, the original stays."""
@@ -345,8 +377,18 @@ class State:
 
     def undo(self, mark: int) -> None:
         while len(self._log) > mark:
-            v, node, restated = self._log.pop()
-            self._assign(v, node, restated)
+            change = self._log.pop()
+            self._rewire(change.v, change.node, change.restated)
+            for x, (price, layout) in change.priced.items():
+                if price is None:
+                    self.prices.pop(x, None)
+                else:
+                    self.prices[x] = price
+                if layout is None:
+                    self.layouts.pop(x, None)
+                else:
+                    self.layouts[x] = layout
+            self.total = change.total
 
     def _use(self, x: Value, by: Value | None, touched: set[Value] | None = None) -> None:
         stack: list[tuple[Value, Value | None]] = [(x, by)]
@@ -380,12 +422,16 @@ class State:
                 del self.uses[x]
                 stack.extend((y, x) for y in self.reads(x))
 
-    def _reprice(self, touched: set[Value]) -> None:
+    def _reprice(
+        self, touched: set[Value], before: dict[Value, tuple[Price | None, Layout | None]] | None = None
+    ) -> None:
         queue = list(touched)
         # Who reads a touched value may be priced by its kind, its layout or whether it is used once.
         for x in touched:
             queue.extend(self.users.get(x, ()))
+        before = {} if before is None else before
         for x in touched:
+            before[x] = self.prices.get(x), self.layouts.get(x)
             if not self.unchanged(x):
                 self.layouts.pop(x, None)
         seen: set[Value] = set()
@@ -394,6 +440,8 @@ class State:
             if x in seen:
                 continue
             seen.add(x)
+            if x not in before:
+                before[x] = self.prices.get(x), self.layouts.get(x)
             old = self.prices.pop(x, None)
             if old is not None:
                 self.total = self.total - old
@@ -440,14 +488,7 @@ class State:
             self.layouts[v] = tuple((i,) for i in range(v.rank))
             return Price()
         if isinstance(node, Sum):
-            plan = plan_sum(node, self.layout, self.alone)
-            self.layouts[v] = plan.layout
-            steps = [s for p in plan.parts for c in p.chains for s in c]
-            steps += [p.step for p in plan.parts if p.step is not None]
-            price = self._steps_price([*steps, *plan.adds])
-            for p in plan.parts:
-                if p.bias is not None and isinstance(p.bias.node, Const):
-                    price = price + self.model.reading(p.bias.node.kernel)
+            price, self.layouts[v] = self._sum_price(node)
             return price
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
@@ -456,19 +497,58 @@ class State:
             # The concatenation reads the operand itself.
             self.layouts[v] = self.layout(node.x)
             return Price()
-        plan_ = self.best_plan(v)
-        if plan_ is None:
+        found = self._map_price(v)
+        if found is None:
             self.layouts[v] = tuple((i,) for i in range(v.rank))
             return IMPOSSIBLE
-        self.layouts[v] = plan_.layout
-        return self._steps_price(plan_.steps) + self._copies(v, plan_)
+        self.layouts[v] = found.layout
+        return found.price if found.sliced is None else found.price + self._copies(v, *found.sliced)
 
-    def _copies(self, v: Value, plan: Plan) -> Price:
+    def _map_price(self, v: Value) -> _MapPrice | None:
+        """The price of a map or a view, worked out once for all that are alike; None where no operator computes it."""
+        node = v.node
+        assert isinstance(node, (Map, View))
+        layout = self.layout(node.x)
+        if isinstance(node, View):
+            key: object = (node.x.sizes, node.splits, node.groups, layout)
+        else:
+            key = (node.x.sizes, node.roles, layout, node.kernel.uniform, gathered(node.kernel))
+        if key not in self._map_prices:
+            plan = self.best_plan(v)
+            found = None
+            if plan is not None:
+                at = sliced_at(plan)
+                found = _MapPrice(self._steps_price(plan.steps), plan.layout, None if at is None else (plan.steps[-1], at))
+            self._map_prices[key] = found
+        return self._map_prices[key]
+
+    def _sum_price(self, node: Sum) -> tuple[Price, Layout]:
+        """The price of a sum and its layout, worked out once for all that are alike."""
+        key = tuple(self._term_key(t) for t in node.terms)
+        found = self._sum_prices.get(key)
+        if found is None:
+            plan = plan_sum(node, self.layout, self.alone)
+            steps = [s for p in plan.parts for c in p.chains for s in c]
+            steps += [p.step for p in plan.parts if p.step is not None]
+            price = self._steps_price([*steps, *plan.adds])
+            for p in plan.parts:
+                if p.bias is not None and isinstance(p.bias.node, Const):
+                    price = price + self.model.reading(p.bias.node.kernel)
+            found = self._sum_prices[key] = price, plan.layout
+        return found
+
+    def _term_key(self, t: Value) -> object:
+        """What the plan of a sum depends on in one of its terms."""
+        node = t.node
+        if isinstance(node, Const):
+            return node.sizes, node.varies
+        if not isinstance(node, Map):
+            return t.sizes, self.layout(t)
+        key = (node.x.sizes, node.roles, node.kernel.uniform, gathered(node.kernel), self.alone(t), self.layout(t))
+        return (*key, self.layout(node.x)) if is_selection(node) else key
+
+    def _copies(self, v: Value, step: Step, at: int) -> Price:
         """What the readers of a slice pay because it is not contiguous."""
-        at = sliced_at(plan)
-        if at is None:
-            return Price()
-        step = plan.steps[-1]
         found = reading(self, v, step.shape[at:])
         copy = self.model.price(Step("copy", step.shape, step.shape))
         if found.contiguous:

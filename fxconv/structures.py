@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
 
@@ -19,6 +19,9 @@ _SAMPLES = 32
 
 _RANK_SAMPLE = 192
 """Side of the submatrix whose full rank rejects low rank: ranks from here on are not looked for in larger matrices."""
+
+_SMALL = 2**12
+"""Entries up to which a matrix is searched for every sampled value, before shifts are looked for row by row."""
 
 _MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}
 
@@ -60,25 +63,27 @@ def divisors(n: int) -> list[int]:
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
+@lru_cache(maxsize=256)
+def _spread(n: int, seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to ``count`` of n rows in random order, and two random numbers for each."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(n, generator=generator)[:count]
+    return rows, torch.rand(len(rows), 2, generator=generator, dtype=torch.float64)
+
+
 def sample(w: torch.Tensor, seed: int = 0, count: int = _SAMPLES) -> Samples:
     """Nonzero entries from rows that are spread over the matrix, and up to two per row."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(w.shape[0], generator=generator)[:count]
-    places = []
-    for r in rows.tolist():
-        found = w[r].nonzero()[:, 0]
-        if len(found):
-            picks = torch.randint(len(found), (2,), generator=generator)
-            places += [(r, int(found[p])) for p in picks]
-    if not places:
-        empty = torch.zeros(0, dtype=torch.long)
-        return Samples(empty, empty, w.new_zeros(0))
-    r, c = (torch.tensor(x) for x in zip(*places, strict=True))
-    return Samples(r, c, w[r, c])
+    rows, random = _spread(w.shape[0], seed, count)
+    live = w[rows.to(w.device)].nonzero().cpu()
+    counts = live[:, 0].bincount(minlength=len(rows))
+    starts = counts.cumsum(0) - counts
+    picked = (starts[:, None] + (random * counts[:, None]).long())[counts > 0].reshape(-1)
+    r, c = rows[live[picked, 0]], live[picked, 1]
+    return Samples(r, c, w[r.to(w.device), c.to(w.device)])
 
 
 def is_zero(w: torch.Tensor) -> bool:
-    return len(sample(w).rows) == 0 and not bool(w.any())
+    return not bool(w.reshape(-1)[:1].any()) and not bool(w.any())
 
 
 # -- Blocks -----------------------------------------------------------------------------------------------------------
@@ -90,15 +95,15 @@ def block_axes(w: torch.Tensor, most: int = 3) -> list[Axis]:
     s = sample(w)
     if not len(s.rows):
         return []
+    entries = list(zip(s.rows.tolist(), s.columns.tolist(), strict=True))
     found: list[Axis] = []
     total: int | None = None
     for g in reversed(divisors(math.gcd(*w.shape))):
         if g == 1 or len(found) == most:
             break
         for row in divisors(w.shape[0] // g):
-            index = (s.rows // row) % g
             for column in divisors(w.shape[1] // g):
-                if not torch.equal(index, (s.columns // column) % g):
+                if any(r // row % g != c // column % g for r, c in entries):
                     continue
                 axis = Axis(row, g, column, g, 0)
                 if any(_finer(f, axis) for f in found):
@@ -137,6 +142,8 @@ def toeplitz_axes(w: torch.Tensor, slack: bool = False, most: int = 40) -> list[
     if not len(s.rows):
         return []
     margin = ulp(s.values).to(w.dtype) if slack else torch.zeros_like(s.values)
+    if w.numel() <= _SMALL and _repeated(w, s, margin) < 2:
+        return []
     candidates: list[Axis] = []
     for row in divisors(rows)[:-1]:
         for shift in _shifts(w, s, margin, row):
@@ -160,6 +167,12 @@ def toeplitz_axes(w: torch.Tensor, slack: bool = False, most: int = 40) -> list[
         if _shift_invariant(w, axis, slack):
             found.append(axis)
     return found
+
+
+def _repeated(w: torch.Tensor, s: Samples, margin: torch.Tensor) -> int:
+    """How many of the sampled values occur more than once in the matrix."""
+    hits = (w.reshape(-1, 1) - s.values).abs() <= margin
+    return int((hits.sum(0) > 1).sum())
 
 
 def _shifts(w: torch.Tensor, s: Samples, margin: torch.Tensor, row: int) -> list[int]:
@@ -189,15 +202,14 @@ class _Quick:
     """Sampled entries as Python numbers: most candidates are rejected by the first one or two."""
 
     entries: list[tuple[int, int, float, float]]
-    table: Any
+    table: torch.Tensor
 
     @classmethod
     def of(cls, w: torch.Tensor, slack: bool) -> _Quick:
         s = sample(w, seed=1, count=4 * _SAMPLES)
         margin = ulp(s.values) if slack else torch.zeros(len(s.rows))
         entries = zip(s.rows.tolist(), s.columns.tolist(), s.values.tolist(), margin.tolist(), strict=True)
-        wide = w if w.dtype in (torch.float32, torch.float64) else w.float()
-        return cls(list(entries), wide.cpu().numpy())
+        return cls(list(entries), w.cpu())
 
     def survives(self, a: Axis) -> bool:
         """Whether every sampled entry is found again one step up and down the diagonal."""
@@ -206,11 +218,11 @@ class _Quick:
         for r, c, value, margin in self.entries:
             o, i = r // a.row % a.m, c // a.column % a.n
             if o + 1 < a.m and i + a.stride < a.n:
-                if abs(self.table[r + down, c + right] - value) > margin:
+                if abs(self.table[r + down, c + right].item() - value) > margin:
                     return False
                 tested = True
             if o and i >= a.stride:
-                if abs(self.table[r - down, c - right] - value) > margin:
+                if abs(self.table[r - down, c - right].item() - value) > margin:
                     return False
                 tested = True
         return tested
