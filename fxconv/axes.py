@@ -94,6 +94,11 @@ def common_refinement(a: Sequence[Size], b: Sequence[Size]) -> tuple[Size, ...] 
 
     Both lists must have the same product; ones are dropped.
     """
+    return _refined(tuple(a), tuple(b))
+
+
+@lru_cache(maxsize=65536)
+def _refined(a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple[Size, ...] | None:
     left, right = [s for s in a if s != 1], [s for s in b if s != 1]
     out: list[Size] = []
     while left and right:
@@ -137,6 +142,11 @@ def _refine_from_the_end(head: list[Size], left: list[Size], right: list[Size]) 
 
 def split_like(sizes: Sequence[Size], refinement: Sequence[Size]) -> tuple[tuple[Size, ...], ...] | None:
     """How each size splits into consecutive members of ``refinement``; a size of 1 splits into nothing."""
+    return _split_like(tuple(sizes), tuple(refinement))
+
+
+@lru_cache(maxsize=65536)
+def _split_like(sizes: tuple[Size, ...], refinement: tuple[Size, ...]) -> tuple[tuple[Size, ...], ...] | None:
     parts: list[tuple[Size, ...]] = []
     rest = list(refinement)
     for size in sizes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fxconv import kernel as kernels
@@ -118,10 +119,20 @@ class Map:
         ):
             raise ValueError(f"roles {self.roles} on {self.x} need a kernel {expected}, not {self.kernel.shape}")
 
-    @property
+    @cached_property
     def contracted(self) -> tuple[int, ...]:
         named = {r.src for r in self.roles if not isinstance(r, New)}
         return tuple(i for i in range(self.x.rank) if i not in named)
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether the map pads, crops or strides and does nothing else: kept slots and one-tap windows of weight 1."""
+        return (
+            self.kernel.uniform == 1.0
+            and not self.contracted
+            and all(isinstance(r, Kept) or (isinstance(r, Window) and r.filter.is_selection) for r in self.roles)
+            and any(isinstance(r, Window) for r in self.roles)
+        )
 
 
 @dataclass(frozen=True)
@@ -267,14 +278,8 @@ def is_identity(node: Node) -> bool:
 
 
 def is_selection(node: Node) -> bool:
-    """Zero padding, cropping, strided slicing: kept slots and one-tap windows of weight 1."""
-    return (
-        isinstance(node, Map)
-        and node.kernel.uniform == 1.0
-        and not node.contracted
-        and all(isinstance(r, Kept) or (isinstance(r, Window) and r.filter.is_selection) for r in node.roles)
-        and any(isinstance(r, Window) for r in node.roles)
-    )
+    """Zero padding, cropping, strided slicing: see `Map.selects`."""
+    return isinstance(node, Map) and node.selects
 
 
 # -- Views ------------------------------------------------------------------------------------------------------------

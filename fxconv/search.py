@@ -18,6 +18,7 @@ from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, vie
 from fxconv.law import Context, Joint, Law, Refusal
 from fxconv.refs import make_sum
 from fxconv.state import IMPOSSIBLE, State
+from fxconv.sums import concatenated
 
 logger = logging.getLogger("fxconv")
 
@@ -247,8 +248,15 @@ class Search:
         if not state.unchanged(v) or isinstance(v.node, Apply):
             return []
         found: list[list[Step]] = []
+        # A part of a concatenation whose tensor others read too gains nothing by itself: the copy of it stays.
+        read_elsewhere = {
+            t
+            for _, group in (concatenated(v.node) if isinstance(v.node, Sum) else ())
+            for t in group
+            if isinstance(t.node, Map) and state.uses.get(t.node.x, 0) > 1
+        }
         for t in operands(v.node):
-            if t in state.uses or t in state.originals or not isinstance(t.node, (Map, Sum)):
+            if t in state.uses or t in state.originals or t in read_elsewhere or not isinstance(t.node, (Map, Sum)):
                 continue
             for law in self.laws:
                 if law.name == "restate" or law.late:

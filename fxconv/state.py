@@ -298,10 +298,10 @@ class State:
         """Let v be computed by a node; ``before`` takes the prices and layouts that this changes."""
         touched = self._rewire(v, node, restate)
         if touched:
-            self._reprice(touched, before)
+            self._reprice(touched, v, before)
 
-    def _rewire(self, v: Value, node: Node, restate: bool) -> set[Value]:
-        """Set a value's node and count uses anew; the values whose readers or reads have changed."""
+    def _rewire(self, v: Value, node: Node, restate: bool) -> dict[Value, int]:
+        """Set a value's node and count uses anew; the values whose readers or reads have changed, with their uses before."""
         alive = v in self.uses
         before = self.reads(v) if alive else ()
         v.node = node
@@ -310,8 +310,8 @@ class State:
         else:
             self.restated.discard(v)
         if not alive:
-            return set()
-        touched: set[Value] = {v}
+            return {}
+        touched = {v: self.uses[v]}
         after = self.reads(v)
         for x in after:
             self._use(x, v, touched)
@@ -390,7 +390,7 @@ class State:
                     self.layouts[x] = layout
             self.total = change.total
 
-    def _use(self, x: Value, by: Value | None, touched: set[Value] | None = None) -> None:
+    def _use(self, x: Value, by: Value | None, touched: dict[Value, int] | None = None) -> None:
         stack: list[tuple[Value, Value | None]] = [(x, by)]
         born: list[Value] = []
         while stack:
@@ -401,14 +401,14 @@ class State:
             count = self.uses.get(x, 0)
             self.uses[x] = count + 1
             if touched is not None:
-                touched.add(x)
+                touched.setdefault(x, count)
             if count == 0:
                 born.append(x)
                 stack.extend((y, x) for y in self.reads(x))
         if touched is None:
-            self._reprice(set(born))
+            self._reprice(dict.fromkeys(born, 0))
 
-    def _drop(self, x: Value, by: Value, touched: set[Value]) -> None:
+    def _drop(self, x: Value, by: Value, touched: dict[Value, int]) -> None:
         stack = [(x, by)]
         while stack:
             x, by = stack.pop()
@@ -416,24 +416,37 @@ class State:
             mine[by] -= 1
             if not mine[by]:
                 del mine[by]
+            touched.setdefault(x, self.uses[x])
             self.uses[x] -= 1
-            touched.add(x)
             if self.uses[x] == 0:
                 del self.uses[x]
                 stack.extend((y, x) for y in self.reads(x))
 
     def _reprice(
-        self, touched: set[Value], before: dict[Value, tuple[Price | None, Layout | None]] | None = None
+        self,
+        touched: dict[Value, int],
+        v: Value | None = None,
+        before: dict[Value, tuple[Price | None, Layout | None]] | None = None,
     ) -> None:
-        queue = list(touched)
-        # Who reads a touched value may be priced by its kind, its layout or whether it is used once.
-        for x in touched:
-            queue.extend(self.users.get(x, ()))
+        """Price anew what is touched, and what depends on it.
+
+        Args:
+            touched: values whose readers or reads have changed, with their uses before.
+            v: the value among them whose node has changed.
+            before: takes the prices and layouts that change.
+        """
         before = {} if before is None else before
-        for x in touched:
+        queue: list[Value] = []
+        for x, count in touched.items():
+            if x is not v and self.unchanged(x) and count and x in self.uses:
+                continue  # an original's price and layout do not depend on who reads it
+            queue.append(x)
             before[x] = self.prices.get(x), self.layouts.get(x)
             if not self.unchanged(x):
                 self.layouts.pop(x, None)
+            # Who reads a value is priced by its kind, its layout and whether it is used once.
+            if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
+                queue.extend(self.users.get(x, ()))
         seen: set[Value] = set()
         while queue:
             x = queue.pop()
