@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -43,6 +44,17 @@ _EXACT_ATEN = {
 _LINEAR_ATEN = {1: aten.upsample_linear1d.vec, 2: aten.upsample_bilinear2d.vec, 3: aten.upsample_trilinear3d.vec}
 _CUBIC_ATEN = {2: aten.upsample_bicubic2d.vec}
 _LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+@contextmanager
+def _uncached(mode: Any) -> Iterator[None]:
+    """A fake tensor mode without its cache, which with dynamic sizes costs more than it saves."""
+    enabled, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        with mode:
+            yield
+    finally:
+        mode.cache_enabled = enabled
 
 
 class Writer:
@@ -102,7 +114,8 @@ class Writer:
         if isinstance(val, torch.Tensor):
             from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-            node.meta["tensor_meta"] = _extract_tensor_metadata(val)
+            # Whether a tensor of dynamic sizes is contiguous takes sympy longer to tell than all the rest.
+            node.meta["tensor_meta"] = _extract_tensor_metadata(val, include_contiguity=False)
         self.written.append(node)
 
     def call(self, target: Any, *args: Any, module_target: Any = None, **kwargs: Any) -> fx.Node:
@@ -113,7 +126,7 @@ class Writer:
         with torch.no_grad():
             if mode is not None:
                 # Composite operators take symbolic sizes only under the Python dispatcher.
-                with mode, enable_python_dispatcher():
+                with _uncached(mode), enable_python_dispatcher():
                     val = target(*fake_args, **fake_kwargs)
             else:
                 val = target(*fake_args, **fake_kwargs)
