@@ -38,7 +38,7 @@ class Kernel:
         self.shape, self.spec, self.parents, self.uniform = shape, spec, parents, uniform
         self._thunk = thunk
         self._value: torch.Tensor | None = None
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[Hashable, Any] = {}
 
     def tensor(self) -> torch.Tensor:
         """The values: float64, of ``shape``."""

@@ -81,6 +81,7 @@ class State:
     owners: dict[Value, list[Value]] = field(default_factory=dict)
     levels: dict[Value, int] = field(default_factory=dict)
     total: Price = field(default_factory=Price)
+    ordered: bool = True
     _log: list[_Change] = field(default_factory=list)
     _map_prices: dict[object, _MapPrice | None] = field(default_factory=dict)
     _sum_prices: dict[object, tuple[Price, Layout]] = field(default_factory=dict)
@@ -272,15 +273,20 @@ class State:
         return True
 
     def _depends(self, x: Value, v: Value) -> bool:
-        """Whether computing x reads v; values of the original graph from before v can't."""
+        """Whether computing x reads v; values of the original graph from before v can't.
+
+        Levels only fall along what is read as long as no value was redefined by one from behind it (`ordered`): then
+        values from before v need not be followed at all.
+        """
         limit = self.levels.get(v, 0)
         stack, seen = [x], {x}
         while stack:
             y = stack.pop()
             if y is v:
                 return True
-            if self.unchanged(y) and self.levels[y] < limit + (v not in self.originals):
-                continue
+            if self.levels.get(y, 0) < limit + (v not in self.originals and y in self.originals):
+                if self.ordered or self.unchanged(y):
+                    continue
             for z in self.reads(y):
                 if z not in seen:
                     seen.add(z)
@@ -313,6 +319,9 @@ class State:
             return {}
         touched = {v: self.uses[v]}
         after = self.reads(v)
+        limit = self.levels.get(v, 0) - (v in self.originals)
+        if self.ordered and any(self.levels.get(x, 0) > limit for x in after):
+            self.ordered = False
         for x in after:
             self._use(x, v, touched)
         for x in before:

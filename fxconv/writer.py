@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
 
 from fxconv.axes import Size, as_size, is_static, same, shape_of
 from fxconv.kernel import Kernel
@@ -57,6 +58,13 @@ def _uncached(mode: Any) -> Iterator[None]:
         mode.cache_enabled = enabled
 
 
+def _looks(x: Any) -> Any:
+    """What a fake result depends on in an argument."""
+    if isinstance(x, torch.Tensor):
+        return shape_of(x), tuple(as_size(s) for s in x.stride()), x.dtype, x.device
+    return (type(x), as_size(x) if isinstance(x, torch.SymInt) else x)
+
+
 class Writer:
     """Writes steps into a graph at its current insertion point.
 
@@ -80,6 +88,7 @@ class Writer:
         self._by_kernel: dict[tuple[int, torch.dtype], str] = {}
         self._held: list[Kernel] = []
         self._sizes: list[tuple[Size, fx.Node, int]] | None = None
+        self._values: dict[Any, Any] = {}
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
@@ -120,20 +129,27 @@ class Writer:
 
     def call(self, target: Any, *args: Any, module_target: Any = None, **kwargs: Any) -> fx.Node:
         """A call of an ATen operator, or in the module dialect of ``module_target`` with the same arguments."""
-        fake_args = fx.map_arg(args, lambda n: n.meta["val"])
-        fake_kwargs = fx.map_arg(kwargs, lambda n: n.meta["val"])
-        mode = self.meta.get("fake_mode")
-        with torch.no_grad():
-            if mode is not None:
-                # Composite operators take symbolic sizes only under the Python dispatcher.
-                with _uncached(mode), enable_python_dispatcher():
-                    val = target(*fake_args, **fake_kwargs)
-            else:
-                val = target(*fake_args, **fake_kwargs)
+        val = self._value(target, args, kwargs)
         used = target if self.dialect == "aten" or module_target is None else module_target
         node = self.graph.call_function(used, args, kwargs)
         self._finish(node, val)
         return node
+
+    def _value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The fake result of a call; calls that look alike have the same."""
+        fake_args = fx.map_arg(args, lambda n: n.meta["val"])
+        fake_kwargs = fx.map_arg(kwargs, lambda n: n.meta["val"])
+        mode = self.meta.get("fake_mode")
+        with torch.no_grad():
+            if mode is None:
+                return target(*fake_args, **fake_kwargs)
+            leaves, structure = pytree.tree_flatten((fake_args, fake_kwargs))
+            key = (target, str(structure), *(_looks(x) for x in leaves))
+            if key not in self._values:
+                # Composite operators take symbolic sizes only under the Python dispatcher.
+                with _uncached(mode), enable_python_dispatcher():
+                    self._values[key] = target(*fake_args, **fake_kwargs)
+            return self._values[key]
 
     def again(self, node: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node:
         """A copy of a node that reads ``new`` where it read ``old``."""

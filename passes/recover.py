@@ -49,7 +49,7 @@ def _recover(v: Value, context: Context) -> Iterator[Outcome]:
         root = root.parents[0]
     # Equal under every reshape: rows by columns is all that a dense kernel's tests see.
     rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
-    key = f"structures of {rows} rows" if _plain(m) else f"structures of {m.roles} on {m.x.sizes}"
+    key = ("structures", rows) if _plain(m) else ("structures", m.roles, m.x.sizes)
     if key not in root._facts:
         w = native(m.kernel)
         root._facts[key] = tuple(_found(m, w)) if w is not None else ()
