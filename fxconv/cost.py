@@ -220,7 +220,7 @@ class CostModel:
 
     def price(self, step: Step) -> Price:
         """The price of one step."""
-        if step.kind == "reshape":
+        if step.kind == "reshape" or step.attrs.get("free"):
             return Price()
         kind = self.kind(step)
         work, read, written, constants = self.amounts(step)

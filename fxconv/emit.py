@@ -158,7 +158,7 @@ class Emitter:
     def _in_memory_order(self, v: Value, node: fx.Node) -> tuple[fx.Node, Layout]:
         """A tensor of the original graph with its dims in the order of its strides: a view, and contiguous."""
         original = self.state.originals[v]
-        if original.memory == original.layout:
+        if original.memory == original.layout or self.state.layout(v) != original.memory:
             return node, original.layout
         dims = list(original.layout)
         order = [dims.index(g) for g in original.memory]

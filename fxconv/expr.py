@@ -189,6 +189,11 @@ class View:
     def atoms(self) -> tuple[Size, ...]:
         return tuple(s for split in self.splits for s in split)
 
+    def slots_behind(self, order: list[int]) -> list[int]:
+        """The operand's slots in the order in which they first appear among the given slots of the view."""
+        slot_of = [slot for slot, split in enumerate(self.splits) for _ in split]
+        return list(dict.fromkeys(slot_of[a] for s in order for a in self.groups[s]))
+
 
 @dataclass(frozen=True)
 class Apply:

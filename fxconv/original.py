@@ -116,12 +116,13 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
 
 
 def _permuted(n: fx.Node, number: Callable[[Size], float]) -> bool:
-    """Whether a tensor's dims are not in the order of its strides."""
+    """Whether a tensor's dims are not in the order of its strides, nor channels last."""
     val = n.meta.get("val")
     if not isinstance(val, torch.Tensor):
         return False
     strides = [number(as_size(s)) for size, s in zip(val.shape, val.stride(), strict=True) if as_size(size) != 1]
-    return strides != sorted(strides, reverse=True)
+    last = [*strides[:1], *strides[2:], *strides[1:2]] if val.dim() > 3 else strides
+    return sorted(strides, reverse=True) not in (strides, last)
 
 
 def _copies(node: fx.Node, op: Op, source: fx.Node, number: Callable[[Size], float]) -> bool:

@@ -100,8 +100,11 @@ class Chain:
         groups = self.layout if layout is None else layout
         return [s for g in groups for s in g if self.sizes[s] != 1]
 
-    def to(self, layout: Sequence[Sequence[int]]) -> None:
-        """Reshape, and permute where the order differs, to another grouping of the same slots."""
+    def to(self, layout: Sequence[Sequence[int]], free: bool = False) -> None:
+        """Reshape, and permute where the order differs, to another grouping of the same slots.
+
+        ``free`` says that the next operator reads the permuted view as it is, without a copy.
+        """
         wanted = tuple(tuple(g) for g in layout)
         if wanted == self.layout or self.shape(wanted) == self.shape() and self.order(wanted) == self.order():
             self.layout = wanted
@@ -111,14 +114,15 @@ class Chain:
             raise AssertionError(f"layouts {self.layout} and {wanted} hold different slots")
         before = self.shape()
         if have != want:
-            runs = _common_runs([[s for s in g if self.sizes[s] != 1] for g in self.layout], want)
+            here, there = ([[s for s in g if self.sizes[s] != 1] for g in groups] for groups in (self.layout, wanted))
+            runs = _common_runs(here, there)
             fine = tuple(product([self.sizes[s] for s in run]) for run in runs)
             if fine != before:
                 self.steps.append(Step("reshape", before, fine))
             by_first = {run[0]: i for i, run in enumerate(runs)}
             order = [by_first[s] for s in want if s in by_first]
             before = tuple(fine[i] for i in order)
-            self.steps.append(Step("permute", fine, before, attrs={"dims": tuple(order)}))
+            self.steps.append(Step("permute", fine, before, attrs={"dims": tuple(order), "free": free}))
         after = self.shape(wanted)
         if after != before:
             self.steps.append(Step("reshape", before, after))
@@ -135,9 +139,13 @@ class Chain:
         return Plan(tuple(self.steps), tuple(tuple(rename[s] for s in g if s in rename) for g in groups))
 
 
-def _common_runs(have: list[list[int]], want: list[int]) -> list[list[int]]:
-    """Maximal runs within a dim of ``have`` that stay together, in order, in ``want``."""
-    follows = dict(zip(want, want[1:], strict=False))
+def _common_runs(have: list[list[int]], wanted: list[list[int]]) -> list[list[int]]:
+    """Maximal runs within a dim of ``have`` that stay together, in order, in a dim of ``wanted``.
+
+    What is split at all is split before the permutation: a view of a permuted tensor gives a batch of 1 a stride that no
+    memory format has, and torch then takes it for a tensor in no format.
+    """
+    follows = {a: b for g in wanted for a, b in zip(g, g[1:], strict=False)}
     runs: list[list[int]] = []
     for group in have:
         for k, s in enumerate(group):
@@ -347,16 +355,19 @@ def _isolate(layout: Layout, slots: set[int]) -> list[tuple[int, ...]]:
     return out + [(s,) for s in sorted(missing)]
 
 
-def _spatial_layout(chain: Chain, sliding: set[int]) -> tuple[list[tuple[int, ...]], int] | None:
+def _spatial_layout(
+    chain: Chain, sliding: set[int], only: bool = False
+) -> tuple[list[tuple[int, ...]], int] | None:
     """[batch, channel, spatial…] with everything from the first sliding slot on spatial, and how many are spatial.
 
-    Pooling and resampling want one or more leading dims and 1 to 3 trailing ones.
+    Pooling and resampling want one or more leading dims and 1 to 3 trailing ones. ``only`` makes none but the sliding
+    slots spatial, at the price of a copy: bilinear interpolation of channels-last images as trilinear is far slower.
     """
     order = chain.order()
     order += [s for s in sorted(sliding) if s not in order]
     first = min(order.index(s) for s in sliding)
     lead, tail = order[:first], order[first:]
-    if len(tail) > 3:
+    if len(tail) > 3 or only:
         tail = [s for s in order if s in sliding]
         lead = [s for s in order if s not in sliding]
         if len(tail) > 3:
@@ -456,7 +467,8 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
         chain.add("mean", [s for d, s in enumerate(chain.shape()) if d not in dims], dims=dims)
         return [chain.done(rename, [g for d, g in enumerate(groups) if d not in dims])]
     kinds = {(r.kind, r.parameters[:1] if r.kind not in ("adaptive_avg", "avg_inside") else ()) for r in roles.values()}
-    found = _spatial_layout(chain, set(roles))
+    interpolates = any(r.kind not in ("adaptive_avg", "avg_inside") for r in roles.values())
+    found = _spatial_layout(chain, set(roles), only=interpolates)
     if len(kinds) != 1 or found is None:
         return []
     (kind, parameters), (groups, nd) = kinds.pop(), found

@@ -14,13 +14,30 @@ from fxconv.window import Filter, conv_filter
 
 def plan_conv(m: Map, layout: Layout, target: Target, bias: Const | None) -> list[Plan]:
     """The ways to write a map as one convolution or transposed convolution."""
-    plans = [_plan(m, layout, target, bias, full=False)]
+    plans = [_plan(m, layout, target, bias), _plan(m, layout, target, bias, channels_last=True)]
+    if len(layout) > 2:
+        plans.append(_plan(m, layout, target, bias, tokens=True))
     if target.full_kernel:
-        plans.insert(0, _plan(m, layout, target, bias, full=True))
+        plans.insert(0, _plan(m, layout, target, bias, full=True))  # which a target that wants it takes first
     return [p for p in plans if p is not None]
 
 
-def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool) -> Plan | None:
+def _plan(
+    m: Map,
+    layout: Layout,
+    target: Target,
+    bias: Const | None,
+    full: bool = False,
+    channels_last: bool = False,
+    tokens: bool = False,
+) -> Plan | None:
+    """One way to write a map as a convolution.
+
+    Args:
+        full: whether contracted slots become full kernels.
+        channels_last: whether the operand's channels come last in memory and shall stay there, in the result too.
+        tokens: whether all dims but the first, of an operand with channels last, become spatial.
+    """
     sizes = m.x.sizes
     windows: dict[int, Window] = {r.src: r for r in m.roles if isinstance(r, Window)}
     transposed = any(w.filter.up > 1 for w in windows.values())
@@ -48,8 +65,14 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
         first = len(listed)
     others = [s for s in listed if s not in channel and s not in spatial_set and sizes[s] != 1]
     batch = [s for s in others if listed.index(s) < first]
+    if tokens:
+        head = [s for s in layout[0] if s in batch]
+        if len(head) == len(batch) or windows:
+            return None
+        batch = head
     spatial = [s for s in listed if s in spatial_set or (s in others and s not in batch)]
-    groups = _spatial_groups(spatial, spatial_set, layout)
+    # Images stay images: a convolution of them keeps channels last in memory where they are, one of sequences does not.
+    groups = _spatial_groups(spatial, set(spatial) if tokens and len(spatial) < 4 else spatial_set, layout)
     if groups is None:
         return None
     nd = len(groups)
@@ -60,7 +83,11 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
         nd += 1
     chain = Chain(sizes, layout)
     in_layout = [tuple(batch), tuple(channel), *groups]
-    chain.to(in_layout)
+    if channels_last and (nd < 2 or transposed or chain.order() != chain.order([tuple(batch), *groups, tuple(channel)])):
+        return None
+    if channels_last and chain.order() == chain.order(in_layout):
+        return None
+    chain.to(in_layout, free=channels_last)
 
     filters: list[Filter] = []
     for g in groups:
@@ -109,6 +136,11 @@ def _plan(m: Map, layout: Layout, target: Target, bias: Const | None, full: bool
     out_layout: list[tuple[int, ...]] = [tuple(rename[s] for s in batch), out_channels]
     for g in groups:
         out_layout.append(tuple(rename[s] for s in g if s in rename))
+    if channels_last:
+        shape = chain.steps[-1].shape
+        back = (0, *range(2, len(shape)), 1)
+        chain.add("permute", [shape[d] for d in back], dims=back, free=True)
+        out_layout = [out_layout[d] for d in back]
     return Plan(tuple(chain.steps), tuple(out_layout))
 
 

@@ -55,8 +55,8 @@ class Missed:
     would_fire_if: str = ""
 
 
-Step = tuple[Value, Value, str]
-"""A value, what it is redefined as, and the law that says so."""
+Step = tuple[Value, Value | None, str]
+"""A value, what it is redefined as (None for what it was in the original graph), and the law that says so."""
 
 
 def _substituted(v: Value, old: Value, new: Value) -> Value:
@@ -193,9 +193,13 @@ class Search:
             out[law] = Missed(v, law, f"does not pay: {', '.join(what)}", would)
         return out
 
-    def _take(self, x: Value, new: Value, law: str) -> list[Value]:
-        self.state.redefine(x, new)
-        self.applied.setdefault(x, []).append(law)
+    def _take(self, x: Value, new: Value | None, law: str) -> list[Value]:
+        if new is None:
+            self.state.revert(x)
+            self.applied.pop(x, None)
+        else:
+            self.state.redefine(x, new)
+            self.applied.setdefault(x, []).append(law)
         return [x, *self._made(x)]
 
     def _made(self, x: Value) -> list[Value]:
@@ -237,6 +241,9 @@ class Search:
                     found.append([(x, new, law.name) for x, new in outcome.pairs])
                 else:
                     found.append([(v, outcome, law.name)])
+        if v in self.state.originals and not self.state.unchanged(v):
+            # What was worth it with other neighbours may not be any more.
+            found.append([(v, None, "restore")])
         return [*found, *self._inner_proposals(v)]
 
     def _inner_proposals(self, v: Value) -> list[list[Step]]:
@@ -281,7 +288,7 @@ class Search:
     def _redefine(self, steps: Sequence[Step]) -> bool:
         changed = False
         for x, new, _ in steps:
-            changed |= self.state.redefine(x, new)
+            changed |= self.state.revert(x) if new is None else self.state.redefine(x, new)
         return changed
 
     def _explore(self, focus: Sequence[Value], depth: int, start: float) -> tuple[float, list[Step]] | None:
@@ -299,11 +306,11 @@ class Search:
                 if any(y in state.frozen for y, _, _ in steps):
                     continue
                 # Wide sums are dear to price: a trial counts by what it makes.
-                self._trials += 1 + len(operands(steps[0][1].node)) // 4
+                first, new, law = steps[0]
+                self._trials += 1 + (len(operands(new.node)) // 4 if new is not None else 0)
                 margin = self._margin(steps)
                 mark = state.mark()
                 if self._redefine(steps):
-                    first, _, law = steps[0]
                     key = (first.id, first.node if law != "restate" else "restate")
                     if key not in seen:
                         seen.add(key)

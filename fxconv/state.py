@@ -14,11 +14,11 @@ from torch import fx
 
 from fxconv.axes import as_size, shape_of
 from fxconv.cost import CostModel, Price, score
-from fxconv.expr import Apply, Const, Leaf, Map, Node, Sum, Value, View, is_selection, operands, walk
+from fxconv.expr import Apply, Const, Kept, Leaf, Map, New, Node, Sum, Value, View, is_selection, operands, walk
 from fxconv.lift import Lifter
 from fxconv.original import layout_copies, original_steps
 from fxconv.plan import Chain, Layout, Plan, Step, Target, gathered, plan_map, plan_view
-from fxconv.strides import reading, sliced_at
+from fxconv.strides import read_as_view, reading, sliced_at
 from fxconv.sums import concatenated, plan_sum
 
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
@@ -29,7 +29,8 @@ IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
 class Original:
     """How the fx graph computes a value: its node there, the values that node reads, and its price.
 
-    ``layout`` is in the order of the tensor's dims, ``memory`` in that of its strides (a permuted tensor's differ).
+    ``layout`` is in the order of the tensor's dims, ``memory`` in that of its strides (a permuted tensor's differ);
+    ``viewed`` says whether a reader takes a view of it that needs just those strides.
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class Original:
     layout: Layout
     memory: Layout
     allowed: bool
+    viewed: bool
 
 
 @dataclass
@@ -110,7 +112,9 @@ class State:
                 if isinstance(operand, fx.Node) and (found := lifted.refs.get(operand)) is not None:
                     reads.append(found.value)
             allowed = all(self._allowed(step) for step in steps)
-            self.originals[value] = Original(node, value.node, tuple(reads), price, ref.dims, self._memory(node, ref.dims), allowed)
+            memory = self._memory(node, ref.dims)
+            viewed = memory != ref.dims and read_as_view(node)
+            self.originals[value] = Original(node, value.node, tuple(reads), price, ref.dims, memory, allowed, viewed)
             self.levels[value] = len(self.levels) + 1
         for inner in walk(list(lifted.producers)):
             self.table.setdefault(inner.node, inner)
@@ -212,14 +216,46 @@ class State:
             return None
         if self.target.full_kernel:
             return plans[0]
-        return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._way_back(p), self.objective))
+        wanted = self._wanted(v)
+        return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._onward(v, p, wanted), self.objective))
 
-    def _way_back(self, plan: Plan) -> Price:
-        """What a plan that permutes its operand will cost its users, who expect the operand's order."""
+    def _onward(self, v: Value, plan: Plan, wanted: Layout | None) -> Price:
+        """What a plan will cost the users of its result: in the layout that they want, or in the operand's order."""
+        if wanted is not None:
+            chain = Chain(v.sizes, plan.layout)
+            chain.to(wanted)
+            return self._steps_price(chain.steps)
         if len(plan.steps) > 1 and any(s.kind == "permute" for s in plan.steps):
             last = plan.steps[-1]
             return self.model.price(Step("permute", last.shape, last.shape))
         return Price()
+
+    def _wanted(self, v: Value) -> Layout | None:
+        """The layout in which a dense map is read, where that is settled: by the other terms of the sum that reads it."""
+        if not _flexible(v):
+            return None
+        seen = v
+        views: list[View] = []
+        while True:
+            users = self.users.get(seen, ())
+            if len(users) != 1 or not self.alone(seen):
+                return None
+            (user,) = users
+            if self.unchanged(user):
+                return None
+            if not isinstance(user.node, View):
+                break
+            views.append(user.node)
+            seen = user
+        if not isinstance(user.node, Sum):
+            return None
+        others = [t for t in user.node.terms if not isinstance(t.node, (Const, View)) and not _flexible(t)]
+        if not others:
+            return None
+        order = [s for g in self.layout(others[0]) for s in g]
+        for view in reversed(views):
+            order = view.slots_behind(order)
+        return tuple((s,) for s in order)
 
     def _steps_price(self, steps: Iterable[Step]) -> Price:
         price = Price()
@@ -270,6 +306,13 @@ class State:
         if node == v.node and not self.unchanged(v):
             return False
         self._set(v, node, restate=False)
+        return True
+
+    def revert(self, v: Value) -> bool:
+        """Let v be computed by the node of the original graph again; False where it is."""
+        if v not in self.originals or self.unchanged(v):
+            return False
+        self._set(v, self.originals[v].definition, restate=False)
         return True
 
     def _depends(self, x: Value, v: Value) -> bool:
@@ -492,18 +535,24 @@ class State:
         """The price of computing v from what it reads; sets its layout."""
         price = self._own_price(v)
         if not self.unchanged(v) and self.anchored(v):
-            # Its strides should be those that the original's users saw; the dims are then a view.
+            # The original's users saw these strides; in the order of its dims is as good, unless one asks for a view.
             original = self.originals[v]
-            chain = Chain(v.sizes, self.layouts[v])
-            chain.to(original.memory)
-            self.layouts[v] = original.memory
-            price = price + self._steps_price(chain.steps)
+            ways = []
+            for layout in (original.memory, original.layout)[: 1 if original.viewed else 2]:
+                chain = Chain(v.sizes, self.layouts[v])
+                chain.to(layout)
+                ways.append((self._steps_price(chain.steps), layout))
+            back, self.layouts[v] = min(ways, key=lambda w: w[0].seconds)
+            price = price + back
         return price
 
     def _own_price(self, v: Value) -> Price:
         if self.unchanged(v):
             original = self.originals[v]
             self.layouts[v] = original.memory
+            if isinstance(v.node, Apply) and not self.unchanged(v.node.x) and v.node.x.sizes == v.sizes:
+                # An elementwise function hands on the strides that it gets.
+                self.layouts[v] = self.layout(v.node.x)
             return original.price if original.allowed else IMPOSSIBLE
         node = v.node
         if isinstance(node, (Leaf, Const)):
@@ -534,7 +583,7 @@ class State:
         if isinstance(node, View):
             key: object = (node.x.sizes, node.splits, node.groups, layout)
         else:
-            key = (node.x.sizes, node.roles, layout, node.kernel.uniform, gathered(node.kernel))
+            key = (node.x.sizes, node.roles, layout, node.kernel.uniform, gathered(node.kernel), self._wanted(v))
         if key not in self._map_prices:
             plan = self.best_plan(v)
             found = None
@@ -588,6 +637,11 @@ class State:
             if not any(v in group for _, group in concatenated(u.node)):
                 return False
         return True
+
+
+def _flexible(v: Value) -> bool:
+    """Whether a value can be written in several layouts: a Linear or a 1×1 convolution."""
+    return isinstance(v.node, Map) and bool(v.node.contracted) and all(isinstance(r, (Kept, New)) for r in v.node.roles)
 
 
 def _with_operand(node: Map | View | Apply, x: Value) -> Node:

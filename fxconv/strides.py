@@ -94,6 +94,20 @@ def reading(state: State, v: Value, boundary: Sequence[Size]) -> Reading:
     return Reading(copies, contiguous)
 
 
+def read_as_view(node: fx.Node) -> bool:
+    """Whether a reader of a tensor, directly or through permutations, fails on strides that it can't view."""
+    stack, seen = [node], {node}
+    while stack:
+        for user in stack.pop().users:
+            name = _name(user)
+            if name in VIEWING:
+                return True
+            if name in ("permute", "transpose", "t", "alias", "detach") and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
 def needs_copy(state: State, v: Value) -> bool:
     """Whether a slice must be made contiguous for its readers."""
     if not is_selection(v.node):

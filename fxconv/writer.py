@@ -248,7 +248,14 @@ class Writer:
         return self.call(aten.reshape.default, x, self.shape_arg(step.shape, x), module_target=torch.reshape)
 
     def _permute(self, step: Step, x: fx.Node) -> fx.Node:
-        return self.call(aten.permute.default, x, list(step.attrs["dims"]), module_target=torch.permute)
+        dims = list(step.attrs["dims"])
+        while x.target in (aten.permute.default, torch.permute) and "fxconv_new" in x.meta:
+            source, inner = x.args
+            assert isinstance(source, fx.Node) and isinstance(inner, (list, tuple))
+            x, dims = source, [inner[d] for d in dims]  # type: ignore[misc]
+        if dims == sorted(dims):
+            return x
+        return self.call(aten.permute.default, x, dims, module_target=torch.permute)
 
     def _contiguous(self, step: Step, x: fx.Node) -> fx.Node:
         return self.call(aten.contiguous.default, x, module_target=torch.Tensor.contiguous)
