@@ -227,7 +227,8 @@ class Search:
         return list(out)
 
     def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
-        """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
+        """The steps that the laws propose at v; those of a list are taken together. Late laws, and going back to
+        the original graph, come first or not at all."""
         found: list[list[Step]] = []
         for law in self.laws:
             if law.late and not late:
@@ -241,7 +242,7 @@ class Search:
                     found.append([(x, new, law.name) for x, new in outcome.pairs])
                 else:
                     found.append([(v, outcome, law.name)])
-        if v in self.state.originals and not self.state.unchanged(v):
+        if late and v in self.state.originals and not self.state.unchanged(v):
             # What was worth it with other neighbours may not be any more.
             found.append([(v, None, "restore")])
         return [*found, *self._inner_proposals(v)]

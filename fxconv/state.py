@@ -231,28 +231,26 @@ class State:
         return Price()
 
     def _wanted(self, v: Value) -> Layout | None:
-        """The layout in which a dense map is read, where that is settled: by the other terms of the sum that reads it."""
+        """The order of slots in which a dense map is read, where that is settled: by the nodes of the original graph
+        that read it, or by the other terms of a sum; through views and sums that have no order of their own."""
         if not _flexible(v):
             return None
-        seen = v
-        views: list[View] = []
-        while True:
+        seen, views, order = v, list[View](), list[int]()
+        while not order:
+            if self.anchored(seen):
+                order = [s for g in self.originals[seen].memory for s in g]
+                break
             users = self.users.get(seen, ())
             if len(users) != 1 or not self.alone(seen):
                 return None
-            (user,) = users
-            if self.unchanged(user):
+            (seen,) = users
+            if self.unchanged(seen) or not isinstance(seen.node, (View, Sum)):
                 return None
-            if not isinstance(user.node, View):
-                break
-            views.append(user.node)
-            seen = user
-        if not isinstance(user.node, Sum):
-            return None
-        others = [t for t in user.node.terms if not isinstance(t.node, (Const, View)) and not _flexible(t)]
-        if not others:
-            return None
-        order = [s for g in self.layout(others[0]) for s in g]
+            if isinstance(seen.node, View):
+                views.append(seen.node)
+            else:
+                others = [t for t in seen.node.terms if isinstance(t.node, (Map, Apply)) and not _flexible(t)]
+                order = [s for g in self.layout(others[0]) for s in g] if others else []
         for view in reversed(views):
             order = view.slots_behind(order)
         return tuple((s,) for s in order)
@@ -496,6 +494,7 @@ class State:
             before[x] = self.prices.get(x), self.layouts.get(x)
             if not self.unchanged(x):
                 self.layouts.pop(x, None)
+                queue.extend(t for t in operands(x.node) if t in self.uses and _flexible(t))
             # Who reads a value is priced by its kind, its layout and whether it is used once.
             if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
                 queue.extend(self.users.get(x, ()))
