@@ -299,7 +299,7 @@ class _Slider:
         new = self.graph.call_function(_CONV[self.nd], args)
         ones = (1,) * self.nd
         self._set(node, new, Grid(ones, grid.stride, ones, True))
-        self.rewrites.append(Rewrite(new.name, (node.name,), (new.name,), ("slide",), where=_module_of(node)))
+        self.rewrites.append(Rewrite(new.name, (node.name,), (new.name,), ("slide",), where=module_path(node)))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -307,12 +307,6 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    path = str(list(stack.values())[-1][0]) if isinstance(stack, dict) and stack else ""
-    return path.replace("L['self'].", "").replace("L['self']", "").strip(".")
 
 
 # -- Verification -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,9 @@ from fxconv.program import fake_mode_of, set_attribute
 from fxconv.search import Search
 from fxconv.state import State
 from fxconv.verify_cluster import Verdict
+
+_DYNAMO_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+"""How Dynamo writes the variable that holds the model, in front of a module's path."""
 
 Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
 
@@ -80,7 +84,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if isinstance(stack, dict) and stack:
         path = str(list(stack.values())[-1][0])
-        return path.replace("L['self'].", "").replace("L['self']", "").strip(".")
+        return _DYNAMO_ROOT.sub("", path).strip(".")
     return ""
 
 

@@ -107,12 +107,13 @@ def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tupl
     return run_captured(model, captured, options, time.perf_counter() - started)
 
 
-def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0) -> tuple[Any, Report]:
+def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0, where: str = "") -> tuple[Any, Report]:
     """Transform a graph that has been captured, by `capture` or by a pipeline (``took`` seconds).
 
-    ``model`` is what the result is compared with, called on the captured inputs.
+    ``model`` is what the result is compared with, called on the captured inputs; ``where`` its qualified name, if it is
+    a part of what the options speak of.
     """
-    outcome = rewrite(captured, options)
+    outcome = rewrite(captured, options, where)
     outcome.timings["capture"] = took
     result_gm = outcome.emitted.gm
     restore_inplace(result_gm)
@@ -151,11 +152,14 @@ def _undone(
     return result, verify_model(model, result, captured, options)
 
 
-def rewrite(captured: Captured, options: Options) -> Outcome:
-    """Lift, search, emit and check a captured graph; rewrites that fail their check are taken back one by one."""
+def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
+    """Lift, search, emit and check a captured graph; rewrites that fail their check are taken back one by one.
+
+    ``where`` is the qualified name of the module that was captured, "" for the model itself.
+    """
     timings: dict[str, float] = {}
     clock = time.perf_counter()
-    lifter = Lifter(captured.gm, captured.barriers)
+    lifter = Lifter(captured.gm, {**captured.barriers, **_left_alone(captured.gm, options, where)})
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)
@@ -166,7 +170,6 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     model = CostModel(profile, sizes)
     state = State(lifter, model, TARGETS[options.target], options.objective)
     state.target_name = options.target
-    state.frozen = _frozen(captured.gm, lifter, options)
     state.load(_roots(captured.gm, lifter))
     before = state.honest_total()
     search = Search(state, _laws(options))
@@ -239,12 +242,16 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
     return roots
 
 
-def _frozen(gm: fx.GraphModule, lifter: Lifter, options: Options) -> set[Value]:
-    """Values that options say to leave alone."""
+def _left_alone(gm: fx.GraphModule, options: Options, where: str) -> dict[str, str]:
+    """Barriers, with the reason, for the nodes of modules that options say to leave alone.
+
+    Nothing is known of what a barrier computes, so that no law can fold it into a neighbour either.
+    """
     if not options.allow and not options.deny:
-        return set()
-    frozen: set[Value] = set()
-    for value, node in lifter.lifted.producers.items():
-        if not options.module_allowed(module_path(node)):
-            frozen.add(value)
-    return frozen
+        return {}
+    out: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        path = f"{where}.{module_path(node)}".strip(".")
+        if node.op.startswith("call_") and not options.module_allowed(path):
+            out[node.name] = f"options leave {path!r} alone" if path else "options leave what is outside of `allow` alone"
+    return out

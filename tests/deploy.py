@@ -36,7 +36,6 @@ QUICK = {
     "cpp.vec_isa_ok": True,
     "cpp_cache_precompile_headers": False,
     "compile_threads": 1,
-    "aot_inductor.debug_compile": True,
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 """Inductor without checks and optimisations by the C++ compiler that take longer than all that is run here."""
@@ -48,7 +47,7 @@ def quick_inductor(cache: Path) -> Iterator[None]:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     try:
-        with torch._inductor.config.patch(cpp_wrapper=True, **QUICK):
+        with torch._inductor.config.patch(cpp_wrapper=True, **{**QUICK, "aot_inductor.debug_compile": True}):
             yield
     finally:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
