@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from fxconv.capture import capture
 from fxconv.errors import FxconvError, VerificationError
+from fxconv.outcome import module_path
 from fxconv.report import Capture, Remark, Report, Rewrite, attach
 from fxconv.resample import matrix
 from fxconv.spelling import Barrier, Op, canonical
