@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from fxconv.capture import capture
 from fxconv.errors import FxconvError, VerificationError
+from fxconv.outcome import module_path
 from fxconv.report import Capture, Remark, Report, Rewrite, attach
 from fxconv.resample import matrix
 from fxconv.spelling import Barrier, Op, canonical
@@ -299,7 +300,7 @@ class _Slider:
         new = self.graph.call_function(_CONV[self.nd], args)
         ones = (1,) * self.nd
         self._set(node, new, Grid(ones, grid.stride, ones, True))
-        self.rewrites.append(Rewrite(new.name, (node.name,), (new.name,), ("slide",), where=_module_of(node)))
+        self.rewrites.append(Rewrite(new.name, (node.name,), (new.name,), ("slide",), where=module_path(node)))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -307,12 +308,6 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    path = str(list(stack.values())[-1][0]) if isinstance(stack, dict) and stack else ""
-    return path.replace("L['self'].", "").replace("L['self']", "").strip(".")
 
 
 # -- Verification -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def transform_parts(
     results: dict[str, nn.Module] = {}
     reports: dict[str, Report] = {}
     for part in found.parts:
-        results[part.name], reports[part.name] = run_captured(part.module, part.captured, options)
+        results[part.name], reports[part.name] = run_captured(part.module, part.captured, options, where=part.name)
     result = assemble(model, results)
     notes = [f"captured in parts: {error}"]
     notes += [f"{name} stays as it is: {why}" for name, why in found.opaque.items()]

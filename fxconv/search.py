@@ -93,12 +93,15 @@ class Search:
     _looks: int = 0
     _reach: float = 0.0
     _most_macs: float = 0.0
+    _noise: float = 0.0
 
     def __post_init__(self) -> None:
         self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of, self.state.model.count)
 
     def run(self) -> None:
         """Rewrite until no value has a step that pays."""
+        # Not relative to a score with penalties for what the target forbids: all that merging saves would vanish beside them.
+        self._noise = 1e-9 * score(self.state.honest_total(), self.state.objective)
         laws = self.laws
         self.laws = [law for law in laws if not law.late]
         self._run([v for v in self._order() if not isinstance(v.node, (Leaf, Const))])
@@ -338,6 +341,6 @@ class Search:
                 nearby += [u for x, _, _ in steps for u in state.users.get(x, ()) if u not in nearby]
                 deeper = self._explore(nearby, depth - 1, start)
                 state.undo(mark)
-                if deeper is not None and (best is None or deeper[0] + margin < best[0] - 1e-9 * abs(best[0])):
+                if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):
                     best = (deeper[0] + margin, [*steps, *deeper[1]])
         return best

@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from fxconv import fingerprint
-from fxconv.advice import advice
 from fxconv.asks import asks_shape
-from fxconv.blame import bisect, reproduction
 from fxconv.capture import Captured, capture, restore_inplace
-from fxconv.clusters import Cutter, Pair
-from fxconv.cost import CostModel, Price
-from fxconv.emit import Cluster, Emitted, Emitter
+from fxconv.cost import CostModel
 from fxconv.errors import CaptureError, VerificationError
-from fxconv.expr import Const, Leaf, Value
+from fxconv.expr import Const, Value
 from fxconv.law import Law
 from fxconv.lift import Lifter
-from fxconv.measure import Judge, Loser, example_sizes, whole
+from fxconv.measure import Judge, example_sizes, whole
 from fxconv.options import Options
+from fxconv.outcome import Outcome, emit, module_path, parameters_of, symbol_ranges
 from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
-from fxconv.program import fake_mode_of, set_attribute
-from fxconv.report import Capture, Cost, Remark, Report, Rewrite, attach, read
-from fxconv.rounding import check_rounding
+from fxconv.report import Report, attach, read
+from fxconv.rollback import find_guilty, verify_clusters, verify_model
 from fxconv.search import Search
-from fxconv.spelling import user_name
 from fxconv.state import State
-from fxconv.verify_cluster import Verdict, check_cluster
-from fxconv.verify_model import ModelVerdict, check_model
+from fxconv.summary import summarise
+from fxconv.verify_model import ModelVerdict, as_module
 from fxconv.weight_map import TRAINABLE_LAWS, record_weights, reversible
 
 logger = logging.getLogger("fxconv")
-
-Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
-
-
-@dataclass
-class Outcome:
-    """Everything one transform came to, before it is handed back."""
-
-    captured: Captured
-    state: State
-    search: Search
-    emitted: Emitted
-    before: Price
-    after: Price
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    rolled_back: dict[str, tuple[Cluster, Verdict, tuple[str, ...]]] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    slower: list[Loser] = field(default_factory=list)
-
 
 def transform(
     model: Any,
@@ -135,30 +107,31 @@ def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tupl
     return run_captured(model, captured, options, time.perf_counter() - started)
 
 
-def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0) -> tuple[Any, Report]:
+def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0, where: str = "") -> tuple[Any, Report]:
     """Transform a graph that has been captured, by `capture` or by a pipeline (``took`` seconds).
 
-    ``model`` is what the result is compared with, called on the captured inputs.
+    ``model`` is what the result is compared with, called on the captured inputs; ``where`` its qualified name, if it is
+    a part of what the options speak of.
     """
-    outcome = rewrite(captured, options)
+    outcome = rewrite(captured, options, where)
     outcome.timings["capture"] = took
     result_gm = outcome.emitted.gm
     restore_inplace(result_gm)
     result_gm.recompile()
     result = captured.rebuild(result_gm)
     clock = time.perf_counter()
-    verdict = _verify_model(model, result, captured, options)
+    verdict = verify_model(model, result, captured, options)
     if isinstance(verdict, ModelVerdict) and verdict.status == "failed" and outcome.emitted.clusters:
-        outcome, result, verdict = _find_guilty(model, captured, options, outcome, verdict)
+        outcome, result, verdict = find_guilty(model, captured, options, outcome, verdict)
     outcome.timings["verify model"] = time.perf_counter() - clock
     record_weights(model, result, outcome.emitted)
     measured: dict[str, Any] = {}
     if options.measure:
-        measured = whole(_callable(model), _callable(result), captured)
+        measured = whole(as_module(model), as_module(result), captured)
         if measured and measured["high"] < 1.0:
             logger.warning("the result is slower than the model (%.2f): all is taken back", measured["ratio"])
             result, verdict, measured = *_undone(model, captured, options, outcome), {}
-    record = replace(_report(model, result, captured, options, outcome, verdict), measured=measured)
+    record = replace(summarise(model, result, captured, options, outcome, verdict), measured=measured)
     if options.verify == "raise" and not record.verified and verdict is not None:
         if isinstance(verdict, ModelVerdict) and not verdict:
             raise VerificationError(f"the rewritten model is {verdict}")
@@ -170,26 +143,23 @@ def _undone(
 ) -> tuple[Any, ModelVerdict | None]:
     """The model without any rewrite."""
     for cluster in outcome.emitted.clusters:
-        take_back(outcome.state, cluster.value)
-    outcome.emitted = _emit(captured, outcome.state)
+        outcome.state.restore(cluster.value)
+    outcome.emitted = emit(captured, outcome.state)
     outcome.after = outcome.state.total
     restore_inplace(outcome.emitted.gm)
     outcome.emitted.gm.recompile()
     result = captured.rebuild(outcome.emitted.gm)
-    return result, _verify_model(model, result, captured, options)
+    return result, verify_model(model, result, captured, options)
 
 
-def _callable(model: Any) -> Any:
-    from fxconv.verify_model import _module
+def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
+    """Lift, search, emit and check a captured graph; rewrites that fail their check are taken back one by one.
 
-    return _module(model)
-
-
-def rewrite(captured: Captured, options: Options) -> Outcome:
-    """Lift, search, emit and check a captured graph; rewrites that fail their check are taken back one by one."""
+    ``where`` is the qualified name of the module that was captured, "" for the model itself.
+    """
     timings: dict[str, float] = {}
     clock = time.perf_counter()
-    lifter = Lifter(captured.gm, captured.barriers)
+    lifter = Lifter(captured.gm, {**captured.barriers, **_left_alone(captured.gm, options, where)})
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)
@@ -200,24 +170,23 @@ def rewrite(captured: Captured, options: Options) -> Outcome:
     model = CostModel(profile, sizes)
     state = State(lifter, model, TARGETS[options.target], options.objective)
     state.target_name = options.target
-    state.frozen = _frozen(captured.gm, lifter, options)
     state.load(_roots(captured.gm, lifter))
     before = state.honest_total()
     search = Search(state, _laws(options))
     search.run()
     state.retract_impossible()
     clock = _lap(timings, "search", clock)
-    outcome = Outcome(captured, state, search, _emit(captured, state), before, state.total, timings=timings)
+    outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
     if options.trainable:
         _keep_reversible(outcome)
     clock = _lap(timings, "emit", clock)
     if options.measure:
-        judge = Judge(captured.gm, state, lambda: _emit(captured, state), sizes)
+        judge = Judge(captured.gm, state, lambda: emit(captured, state), sizes)
         outcome.emitted = judge.run(outcome.emitted)
         outcome.after, outcome.slower = state.total, judge.losers
         clock = _lap(timings, "measure", clock)
     if options.verify != "off":
-        _verify_clusters(outcome, symbols, options)
+        verify_clusters(outcome, symbols, options)
         _lap(timings, "verify rewrites", clock)
     return outcome
 
@@ -228,13 +197,13 @@ def _keep_reversible(outcome: Outcome) -> None:
         mixed = [
             c
             for c in outcome.emitted.clusters
-            if not reversible(outcome.emitted, _parameters_of(outcome.emitted, c))
+            if not reversible(outcome.emitted, parameters_of(outcome.emitted, c))
         ]
         if not mixed:
             return
         for c in mixed:
-            take_back(outcome.state, c.value)
-        outcome.emitted = _emit(outcome.captured, outcome.state)
+            outcome.state.restore(c.value)
+        outcome.emitted = emit(outcome.captured, outcome.state)
         outcome.after = outcome.state.total
 
 
@@ -273,351 +242,16 @@ def _roots(gm: fx.GraphModule, lifter: Lifter) -> list[Value]:
     return roots
 
 
-def _frozen(gm: fx.GraphModule, lifter: Lifter, options: Options) -> set[Value]:
-    """Values that options say to leave alone."""
+def _left_alone(gm: fx.GraphModule, options: Options, where: str) -> dict[str, str]:
+    """Barriers, with the reason, for the nodes of modules that options say to leave alone.
+
+    Nothing is known of what a barrier computes, so that no law can fold it into a neighbour either.
+    """
     if not options.allow and not options.deny:
-        return set()
-    frozen: set[Value] = set()
-    for value, node in lifter.lifted.producers.items():
-        if not options.module_allowed(module_path(node)):
-            frozen.add(value)
-    return frozen
-
-
-def _has(gm: fx.GraphModule, path: str) -> bool:
-    found: Any = gm
-    for part in path.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
-
-
-def module_path(node: fx.Node) -> str:
-    """The qualified name of the module that a node belongs to, "" where it is not known."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if isinstance(stack, dict) and stack:
-        path = str(list(stack.values())[-1][0])
-        return path.replace("L['self'].", "").replace("L['self']", "").strip(".")
-    return ""
-
-
-def symbol_ranges(gm: fx.GraphModule) -> Symbols:
-    """Range and example value of every symbol in the graph's sizes."""
-    mode = fake_mode_of(gm.graph)
-    env = getattr(mode, "shape_env", None)
-    if env is None:
         return {}
-    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    out: Symbols = {}
-    for symbol, value in values.items():
-        interval = env.var_to_range.get(symbol)
-        low, high = 2, None
-        if interval is not None:
-            low = int(interval.lower) if interval.lower.is_Integer else 2
-            high = int(interval.upper) if interval.upper.is_Integer and interval.upper < 2**31 else None
-        out[symbol] = (low, high, int(value))
+    out: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        path = f"{where}.{module_path(node)}".strip(".")
+        if node.op.startswith("call_") and not options.module_allowed(path):
+            out[node.name] = f"options leave {path!r} alone" if path else "options leave what is outside of `allow` alone"
     return out
-
-
-def _emit(captured: Captured, state: State) -> Emitted:
-    graph = copy.deepcopy(captured.gm.graph)
-    gm = fx.GraphModule(captured.gm, graph, captured.gm.__class__.__name__)
-    # A GraphModule copies what its graph reads; a program's signature may name more (num_batches_tracked).
-    for name, value in (*captured.gm.named_parameters(), *captured.gm.named_buffers()):
-        if not _has(gm, name):
-            set_attribute(gm, name, value)
-    gm.meta = dict(captured.gm.meta)
-    twins = dict(zip(captured.gm.graph.nodes, gm.graph.nodes, strict=True))
-    return Emitter(state, gm, twins, captured.dialect).run()
-
-
-# -- Verification -----------------------------------------------------------------------------------------------------
-
-
-def _verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> None:
-    """Check every rewrite; take back the ones that fail, and emit again without them, until all pass."""
-    for _ in range(len(outcome.emitted.clusters) + 1):
-        cutter = Cutter(outcome.state, outcome.captured.gm, outcome.emitted)
-        failed: list[tuple[Cluster, Verdict, Pair]] = []
-        verdicts: dict[str, Verdict] = {}
-        for i, cluster in enumerate(outcome.emitted.clusters):
-            known = outcome.verdicts.get(cluster.node)
-            if known is not None and not outcome.rolled_back:
-                verdicts[cluster.node] = known
-                continue
-            pair = cutter.cut(cluster)
-            outcome.pairs[cluster.node] = pair.nodes
-            verdict = check_cluster(
-                pair.original,
-                pair.replacement,
-                pair.inputs,
-                symbols=symbols,
-                seed=options.seed + i,
-                affine=not pair.homogeneous,
-                positively_homogeneous=pair.homogeneous,
-            )
-            if verdict.status == "failed" and _exactness(outcome.emitted, cluster) != "exact":
-                verdict = _to_rounding(verdict, outcome, cluster)
-            if verdict.status != "failed":
-                rounding = _check_rounding(outcome.emitted, cluster)
-                if rounding.status == "failed":
-                    verdict = rounding
-            verdicts[cluster.node] = verdict
-            if verdict.status == "failed":
-                failed.append((cluster, verdict, pair))
-            _release(outcome.emitted, cluster)
-        outcome.verdicts = verdicts
-        if not failed:
-            return
-        if options.verify == "raise":
-            cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
-            example = {s: hint for s, (_, _, hint) in symbols.items()}
-            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example)
-            raise VerificationError(
-                f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
-            )
-        for cluster, verdict, pair in failed:
-            logger.warning("%s is taken back: %s", cluster.node, verdict.reason)
-            outcome.rolled_back[cluster.node] = (cluster, verdict, pair.nodes)
-            take_back(outcome.state, cluster.value)
-        outcome.emitted = _emit(outcome.captured, outcome.state)
-        outcome.after = outcome.state.total
-
-
-def _exactness(emitted: Emitted, cluster: Cluster) -> str:
-    """Whether a rewrite uses a structure that holds within half a unit in the last place of each weight only."""
-    from fxconv.passes.recover import to_rounding
-
-    found = any(to_rounding(emitted.parameters[name]) for name in _parameters_of(emitted, cluster))
-    return "exact to rounding" if found else "exact"
-
-
-def _to_rounding(verdict: Verdict, outcome: Outcome, cluster: Cluster) -> Verdict:
-    """The verdict on weights that were moved by up to half a unit in the last place: an error of that size is no failure."""
-    dtype = outcome.state.originals[cluster.value].node.meta["val"].dtype
-    limit = torch.finfo(dtype).eps
-    if not verdict.probes or verdict.max_error > limit:
-        return verdict
-    return Verdict(
-        "confirmed", f"to rounding: the structure holds within half an ulp of {dtype}", verdict.probes, verdict.max_error, limit
-    )
-
-
-def _check_rounding(emitted: Emitted, cluster: Cluster) -> Verdict:
-    exact: dict[str, torch.Tensor] = {}
-    stored: dict[str, torch.Tensor] = {}
-    dtype = torch.float32
-    for name in _parameters_of(emitted, cluster):
-        value = emitted.gm
-        for part in name.split("."):
-            value = getattr(value, part)
-        exact[name], stored[name] = emitted.parameters[name].tensor(), value.detach()  # type: ignore[operator]
-        dtype = stored[name].dtype
-    return check_rounding(exact, stored, dtype)
-
-
-def _parameters_of(emitted: Emitted, cluster: Cluster) -> list[str]:
-    names = set(cluster.new_nodes)
-    out: list[str] = []
-    for node in emitted.gm.graph.nodes:
-        if node.name not in names:
-            continue
-        if node.op == "get_attr" and node.target in emitted.parameters:
-            out.append(str(node.target))
-        elif node.op == "call_module":
-            out += [n for n in (f"{node.target}.weight", f"{node.target}.bias") if n in emitted.parameters]
-    return out
-
-
-def _release(emitted: Emitted, cluster: Cluster) -> None:
-    """Forget the float64 weights of a rewrite that has been checked."""
-    for name in _parameters_of(emitted, cluster):
-        emitted.parameters[name].release()
-
-
-def take_back(state: State, v: Value) -> None:
-    """Let a value be computed by the node it came from again."""
-    state.restore(v)
-
-
-def _find_guilty(
-    model: Any, captured: Captured, options: Options, outcome: Outcome, verdict: ModelVerdict
-) -> tuple[Outcome, Any, ModelVerdict | None]:
-    """The whole model fails although every rewrite passed: bisect, and take back the guilty ones."""
-    clusters = outcome.emitted.clusters
-    definitions = {c.node: (c.value, outcome.state.snapshot(c.value)) for c in clusters}
-    results: dict[str, Any] = {}
-
-    def passes(active: frozenset[int]) -> bool:
-        for i, c in enumerate(clusters):
-            value, kept = definitions[c.node]
-            if i in active:
-                outcome.state.reinstate(value, kept)
-            else:
-                outcome.state.restore(value)
-        outcome.emitted = _emit(captured, outcome.state)
-        restore_inplace(outcome.emitted.gm)
-        outcome.emitted.gm.recompile()
-        results["result"] = captured.rebuild(outcome.emitted.gm)
-        results["verdict"] = _verify_model(model, results["result"], captured, options)
-        return results["verdict"] is None or results["verdict"].status != "failed"
-
-    guilty = bisect(passes, len(clusters))
-    if options.verify == "raise" and guilty:
-        names = ", ".join(clusters[i].node for i in sorted(guilty))
-        raise VerificationError(f"the rewritten model is {verdict}; the rewrite to blame: {names}")
-    passes(frozenset(range(len(clusters))) - guilty)
-    for i in sorted(guilty):
-        c = clusters[i]
-        why = Verdict("failed", f"the whole model is wrong with it: {verdict.reason}")
-        outcome.rolled_back[c.node] = (c, why, outcome.pairs.get(c.node, (c.node,)))
-        outcome.verdicts.pop(c.node, None)
-    outcome.after = outcome.state.total
-    return outcome, results["result"], results["verdict"]
-
-
-def _verify_model(model: Any, result: Any, captured: Captured, options: Options) -> ModelVerdict | None:
-    if options.verify == "off" or not (captured.args or captured.kwargs):
-        return None
-    from fxconv.verify_model import _module
-
-    return check_model(_module(model), _module(result), captured.args, captured.kwargs, seed=options.seed)
-
-
-# -- Report -----------------------------------------------------------------------------------------------------------
-
-
-def _cost(p: Price) -> Cost:
-    return Cost(round(p.macs), round(p.params), round(p.launches), round(p.bytes), p.seconds)
-
-
-def _report(
-    model: Any, result: Any, captured: Captured, options: Options, outcome: Outcome, verdict: ModelVerdict | None
-) -> Report:
-    state = outcome.state
-    rewrites: list[Rewrite] = []
-    for cluster in outcome.emitted.clusters:
-        v = outcome.verdicts.get(cluster.node)
-        rewrites.append(
-            Rewrite(
-                cluster.result,
-                outcome.pairs.get(cluster.node, (cluster.node,)),
-                cluster.new_nodes,
-                outcome.search.laws_of(cluster.value),
-                _cost(state.price_before(cluster.value, outcome.pairs.get(cluster.node, ()))),
-                _cost(state.price_after(cluster.value)),
-                _verdict(v),
-                module_path(state.originals[cluster.value].node),
-                _exactness(outcome.emitted, cluster),
-            )
-        )
-    for cluster, v, nodes in outcome.rolled_back.values():
-        rewrites.append(
-            Rewrite(
-                cluster.node,
-                nodes,
-                cluster.new_nodes,
-                outcome.search.laws_of(cluster.value),
-                verdict={**_verdict(v), "status": "rolled back"},
-                where=module_path(state.originals[cluster.value].node),
-            )
-        )
-    verification: dict[str, Any]
-    if verdict is not None:
-        verification = verdict.to_dict()
-    else:
-        why = "verify='off'" if options.verify == "off" else "no example inputs: rewrites were checked at synthetic sizes"
-        verification = {"status": "not run", "reason": why}
-    counts: dict[str, int] = {}
-    for reason in state.lifter.lifted.barriers.values():
-        if reason:
-            counts[reason] = counts.get(reason, 0) + 1
-    return Report(
-        model=type(model).__name__,
-        objective=options.objective,
-        target=options.target,
-        capture=Capture(captured.how, tuple(captured.notes), outcome.timings.get("capture", 0.0)),
-        rewrites=tuple(rewrites),
-        missed=remarks(outcome),
-        advice=advice(captured.gm),
-        barriers=counts,
-        cost_before=_cost(outcome.before),
-        cost_after=_cost(state.honest_total()),
-        verification=verification,
-        timings=outcome.timings,
-        hashes={"before": fingerprint.weights_hash(model), "after": fingerprint.weights_hash(result)},
-    )
-
-
-def _verdict(v: Verdict | None) -> dict[str, Any]:
-    if v is None:
-        return {"status": "not run", "reason": "verify='off'"}
-    return {
-        "status": v.status if v.status != "failed" else "rolled back",
-        "reason": v.reason,
-        "probes": [{"kinds": p.kinds, "shapes": p.shapes, "seed": p.seed, "error": p.error} for p in v.probes],
-        "seeds": sorted({p.seed for p in v.probes}),
-        "max_error": v.max_error,
-        "tolerance": v.tolerance,
-    }
-
-
-def remarks(outcome: Outcome) -> tuple[Remark, ...]:
-    """What was refused, and what was legal and did not pay, where it is still there to be done."""
-    state = outcome.state
-    out: dict[tuple[str, str, str], Remark] = {}
-    for missed in outcome.search.refusals.values():
-        node = nearest_node(state, missed.value)
-        if node is None:
-            continue
-        kind = "missed" if missed.reason.startswith("does not pay") else "refused"
-        key = (node.name, missed.law, missed.reason)
-        out.setdefault(key, Remark(kind, node.name, missed.law, missed.reason, missed.would_fire_if))
-    for loser in outcome.slower:
-        laws = ", ".join(outcome.search.laws_of(loser.cluster.value))
-        out.setdefault((loser.cluster.node, laws, "slower"), Remark("missed", loser.cluster.node, laws, loser.reason))
-    for v in state.forbidden():
-        name = state.originals[v].node.name
-        reason = f"target={state.target_name!r} forbids this operator, and no other form was found"
-        out[name, "target", reason] = Remark("refused", name, "target", reason)
-    for node, reason in state.lifter.lifted.barriers.items():
-        if reason and any(isinstance(a, fx.Node) and a in state.lifter.lifted.ops for a in node.all_input_nodes):
-            out.setdefault((node.name, "", reason), Remark("barrier", node.name, "", reason))
-    for node, op in state.lifter.lifted.ops.items():
-        if op.name in NONLINEAR and _between_affine(state, node):
-            reason = f"{user_name(node, state.lifter.gm)} is not affine"
-            out.setdefault((node.name, "", reason), Remark("barrier", node.name, "", reason))
-    return tuple(out.values())
-
-
-NONLINEAR = frozenset(("relu", "leaky_relu", "prelu", "max_pool", "norm_affine"))
-"""Operators that are lifted, since a scale passes through them or follows them, and still part two affine ones."""
-
-
-def _between_affine(state: State, node: fx.Node) -> bool:
-    """Whether a node reads what an affine operator computes, and an affine operator reads it."""
-    ops = state.lifter.lifted.ops
-    around = (node.all_input_nodes, list(node.users))
-    return all(any(n in ops and ops[n].name not in NONLINEAR for n in side) for side in around)
-
-
-def nearest_node(state: State, v: Value) -> fx.Node | None:
-    """The node of the original graph that a value came from, or the nearest one that reads it."""
-    seen: set[Value] = set()
-    queue = [v]
-    while queue:
-        x = queue.pop(0)
-        if x in seen:
-            continue
-        seen.add(x)
-        original = state.originals.get(x)
-        if original is not None and not isinstance(x.node, Leaf):
-            return original.node
-        queue.extend(state.users.get(x, ()))
-        queue.extend(state.owners.get(x, ()))
-    return None
-
-

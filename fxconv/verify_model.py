@@ -123,10 +123,11 @@ def verify(a: Any, b: Any, args: Any, kwargs: Mapping[str, Any] | None = None, *
         args = (args,)
     if not isinstance(args, tuple):
         raise ArgsError(f"args is a {type(args).__name__}: give a tuple of positional arguments, or one tensor")
-    return check_model(_module(a), _module(b), args, kwargs, **options)
+    return check_model(as_module(a), as_module(b), args, kwargs, **options)
 
 
-def _module(model: Any) -> nn.Module:
+def as_module(model: Any) -> nn.Module:
+    """The callable module behind a model or program. Raises NotAModuleError for anything else."""
     if isinstance(model, ExportedProgram):
         # Guards would refuse the batch of 2 even where the graph takes it; what the graph does is compared.
         return model.module(check_guards=False)

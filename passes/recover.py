@@ -17,16 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 
 from fxconv import kernel as kernels
 from fxconv import structures
-from fxconv.algebra import as_value, normal
+from fxconv.algebra import as_value, normal, view_constant
 from fxconv.axes import Size, is_static
-from fxconv.expr import Const, Kept, Map, New, Role, Shared, Value, Window, kernel_shape, view
+from fxconv.expr import Const, Kept, Map, New, Role, Shared, Sum, Value, View, Window, kernel_shape, view
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome
+from fxconv.refs import make_sum
 from fxconv.structures import Axis
 from fxconv.window import Filter, selection_filter
 
@@ -38,6 +40,9 @@ _COMPOSED = 2**14
 
 def _recover(v: Value, context: Context) -> Iterator[Outcome]:
     m = v.node
+    if isinstance(m, Sum):
+        yield from _with_bias(m, context)
+        return
     if not isinstance(m, Map) or m.kernel.uniform is not None or not m.kernel.is_static:
         return
     if m.kernel.spec and isinstance(m.kernel.spec, tuple) and m.kernel.spec[0] in ("recovered", "gather"):
@@ -55,6 +60,51 @@ def _recover(v: Value, context: Context) -> Iterator[Outcome]:
         root._facts[key] = tuple(_found(m, w)) if w is not None else ()
     for build in root._facts[key]:
         yield build(m)
+
+
+def _with_bias(s: Sum, context: Context) -> Iterator[Outcome]:
+    """A map's structure and the constant added to it: ``view(M x) + c ⇒ view(M x + c')``, where c' is the operator's bias."""
+    constants = [t for t in s.terms if isinstance(t.node, Const)]
+    maps = [t for t in s.terms if isinstance(t.node, Map)]
+    if len(constants) != 1 or len(maps) != 1 or len(s.terms) != 2:
+        return
+    for found in _recover(maps[0], context):
+        if not isinstance(found, Value) or not isinstance(found.node, View) or not isinstance(found.node.x.node, Map):
+            continue
+        after = found.node
+        bias = _before(after, cast(Const, constants[0].node))
+        yield as_value(view(make_sum([after.x, bias]), after.splits, after.groups))
+
+
+def _before(after: View, c: Const) -> Value:
+    """The constant that is ``c`` once it is seen through the view; it varies along the atoms that it must only."""
+    atoms = after.atoms
+    order = [a for g in after.groups for a in g]
+    splits = tuple(tuple(atoms[a] for a in g) if g else (1,) for g in after.groups)
+    places: list[int] = []
+    at = 0
+    for g in after.groups:
+        places += range(at, at + len(g))
+        at += len(g) or 1
+    fine = view_constant(View(Value(c), splits, tuple((p,) for p in places)), c)
+    kernel, varies = fine.kernel, list(fine.varies)
+    if kernel.is_static and math.prod(int(n) for n in kernel.shape) <= _COMPOSED:
+        values = kernel.tensor()
+        axes = [i for i, flag in enumerate(varies) if flag]
+        for k in reversed(range(len(axes))):
+            if bool((values == values.narrow(k, 0, 1)).all()):
+                values, varies[axes[k]] = values.narrow(k, 0, 1), False
+                kernel = kernels.take(kernel, k, 0, 1)
+                kernel = kernels.reshape(kernel, [n for i, n in enumerate(kernel.shape) if i != k])
+                values = values.squeeze(k)
+    fine = Const(fine.sizes, tuple(varies), kernel)
+    position = {a: i for i, a in enumerate(order)}
+    groups: list[tuple[int, ...]] = []
+    first = 0
+    for split in after.splits:
+        groups.append(tuple(position[a] for a in range(first, first + len(split)) if a in position))
+        first += len(split)
+    return Value(view_constant(View(Value(fine), tuple((n,) for n in fine.sizes), tuple(groups)), fine))
 
 
 def _plain(m: Map) -> bool:

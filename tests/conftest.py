@@ -37,6 +37,13 @@ NETWORKS = ("test_torchvision.py", "test_timm_reparam.py", "test_property.py", "
 QUICK = ("resnet18", "mobilenet_v3_small")
 """The networks that every run takes anyway."""
 
+HEAVY = (
+    "test_executorch_pass[mobileone_s0]",
+    "test_torch_compile[mobileone_s0-_backend]",
+    "test_torch_compile[mobileone_s0-_inductor_pass]",
+)
+"""Pipelines that take minutes to lower the thousand operators that mobileone_s0 has before it is transformed."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="whole networks and known gaps too (more than an hour)")
@@ -62,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = item.nodeid.removeprefix("tests/")
         network = item.path.name in NETWORKS and not any(q in item.name for q in QUICK)
         network |= item.name.startswith("test_no_false_alarm_on_random_regions")
-        if network or any(name.startswith(g) for g in known):
+        if network or item.name in HEAVY or any(name.startswith(g) for g in known):
             out.append(item)
     config.hook.pytest_deselected(items=out)
     chosen = set(map(id, out))

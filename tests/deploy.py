@@ -32,9 +32,32 @@ def eager(program: ExportedProgram, inputs: Sequence[Tensor], folder: Path) -> O
         return flat(loaded.module()(*inputs))
 
 
+QUICK = {
+    "cpp.vec_isa_ok": True,
+    "cpp_cache_precompile_headers": False,
+    "compile_threads": 1,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+"""Inductor without checks and optimisations by the C++ compiler that take longer than all that is run here."""
+
+
+@contextlib.contextmanager
+def quick_inductor(cache: Path) -> Iterator[None]:
+    """torch.compile with one C++ file a graph, and a cache of its own."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    try:
+        with torch._inductor.config.patch(cpp_wrapper=True, **{**QUICK, "aot_inductor.debug_compile": True}):
+            yield
+    finally:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        if before is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
 def aot_inductor(program: ExportedProgram, inputs: Sequence[Tensor], folder: Path) -> Outputs:
     """An AOTInductor package."""
-    options = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False, "compile_threads": 1}
+    options = {**QUICK, "aot_inductor.precompile_headers": False}
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model_aoti.pt2"), inductor_configs=options)
     return flat(torch._inductor.aoti_load_package(path)(*inputs))
 
@@ -92,6 +115,39 @@ def executorch(
     method = loaded.load_method("forward")
     assert method is not None
     return [y.clone() for y in method.execute(list(inputs))]
+
+
+def core_ml_operators(program: ExportedProgram) -> dict[str, int]:
+    """How many operators of each kind Core ML makes of a program; it cannot run them here."""
+    import coremltools
+
+    with quiet():
+        package = coremltools.convert(
+            program.run_decompositions({}), convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17
+        )
+    kinds: list[str] = []
+    for block in package.get_spec().mlProgram.functions["main"].block_specializations.values():
+        kinds += [op.type for op in block.operations if op.type != "const"]
+    return {kind: kinds.count(kind) for kind in set(kinds)}
+
+
+def prepared(program: ExportedProgram) -> Any:
+    """A program with the observers of PT2E quantisation, for XNNPACK's quantiser."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    return prepare_pt2e(program.module(), quantizer)
+
+
+def converted(module: Any) -> Any:
+    """A prepared and calibrated module in int8."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    return convert_pt2e(module)
 
 
 def flat(value: Any) -> Outputs:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.export import Dim
 
+import fxconv
 from fxconv.errors import OptionError
 from fxconv.options import Options
 
@@ -138,6 +140,40 @@ def test_arguments_win_over_options_unless_left_at_their_default() -> None:
 )
 def test_modules_are_allowed_and_denied_by_name(keywords: dict[str, Any], path: str, allowed: bool) -> None:
     assert Options(**keywords).module_allowed(path) is allowed
+
+
+class Neck(nn.Module):
+    """Three convolutions with nothing between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.tail = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.tail(self.head(self.body(x)))
+        return y
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+@pytest.mark.parametrize("denied", ["body", "head", "tail"])
+def test_a_denied_module_is_not_folded_into_its_neighbours(denied: str, capture: str) -> None:
+    model, x = Neck().eval(), torch.randn(2, 3, 5, 5)
+    result = fxconv.transform(model, x, capture=capture, objective="macs", options={"deny": [f"{denied}.*"]})
+    assert result.get_parameter(f"{denied}.weight") is model.get_parameter(f"{denied}.weight")
+    weights = {name for name, _ in result.named_parameters() if name.endswith("weight")}
+    # The two others are neighbours, and become one, unless the denied one stands between them.
+    assert len(weights) == (3 if denied == "head" else 2)
+    assert f"options leave '{denied}' alone" in fxconv.report(result).barriers
+    torch.testing.assert_close(result(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_denied_module_is_left_alone_in_a_dynamo_graph() -> None:
+    torch._dynamo.reset()
+    model, x, seen = Neck().eval(), torch.randn(2, 3, 5, 5), []
+    backend = fxconv.backend(lambda gm, inputs: (seen.append(gm), gm.forward)[1], objective="macs", deny=["head"])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert sum("conv2d" in str(n.target) for n in seen[0].graph.nodes) == 3
 
 
 def test_laws_are_allowed_and_denied_by_name() -> None:

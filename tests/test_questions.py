@@ -319,6 +319,19 @@ def test_target_conv_leaves_no_linear_on_tokens_and_patches(target: str) -> None
     check(randomise(Mixer()), draw((2, 3, 8, 12)), target=target, ops={"linear": 0, "matmul": 0})
 
 
+def test_target_conv_merges_branches_above_a_linear() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.a(x) + self.b(x)).mean((2, 3)))
+
+    check(randomise(Branches()), draw((2, 3, 8, 8)), target="conv", ops={"conv": 2, "linear": 0})
+
+
 def test_transform_without_args_where_shapes_are_known_or_not_needed() -> None:
     model = randomise(
         nn.Sequential(

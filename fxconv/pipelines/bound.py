@@ -204,9 +204,10 @@ def unbind(gm: fx.GraphModule, original: fx.Graph, names: Mapping[str, int]) -> 
         if node is None:
             with gm.graph.inserting_before(first):
                 node = gm.graph.create_node("placeholder", str(source.target), (), {}, name=source.name)
-            node.meta = dict(source.meta)
         elif node is not first:
             first.prepend(node)
+        # Inductor's C++ wrapper takes a "val" on any placeholder for a sign that all of them have one.
+        node.meta = dict(source.meta)
         copy_source(source, node)
         for read in reads.get(index, ()):
             read.replace_all_uses_with(node)

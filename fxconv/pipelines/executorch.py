@@ -102,7 +102,10 @@ def _to_core(gm: fx.GraphModule, keeps: Callable[[Any], bool]) -> None:
         target = node.target
         if not node.meta.get("fxconv_new") or not isinstance(target, torch._ops.OpOverload):
             continue
-        if target.namespace == "aten" and not str(target).startswith("aten.sym_") and not keeps(target):
+        if target.namespace != "aten" or str(target).startswith("aten.sym_") or keeps(target):
+            continue
+        # Tracing would go past an operator that is core but made of others (upsample_bilinear2d.vec), and end outside.
+        if torch.Tag.core not in target.tags or _copying(target) is not target:
             _decompose(gm.graph, node, table)
     gm.graph.eliminate_dead_code()
     gm.recompile()

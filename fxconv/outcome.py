@@ -1,0 +1,106 @@
+"""What a transform came to on its way: the searched state, the graph written from it, and the verdicts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import fx
+
+from fxconv.captured import Captured
+from fxconv.cost import Price
+from fxconv.emit import Cluster, Emitted, Emitter
+from fxconv.measure import Loser
+from fxconv.program import fake_mode_of, set_attribute
+from fxconv.search import Search
+from fxconv.state import State
+from fxconv.verify_cluster import Verdict
+
+_DYNAMO_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+"""How Dynamo writes the variable that holds the model, in front of a module's path."""
+
+Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
+
+
+@dataclass
+class Outcome:
+    """Everything one transform came to, before it is handed back."""
+
+    captured: Captured
+    state: State
+    search: Search
+    emitted: Emitted
+    before: Price
+    after: Price
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rolled_back: dict[str, tuple[Cluster, Verdict, tuple[str, ...]]] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    slower: list[Loser] = field(default_factory=list)
+
+def emit(captured: Captured, state: State) -> Emitted:
+    """Write the state's graph anew, into a copy of the captured one."""
+    graph = copy.deepcopy(captured.gm.graph)
+    gm = fx.GraphModule(captured.gm, graph, captured.gm.__class__.__name__)
+    # A GraphModule copies what its graph reads; a program's signature may name more (num_batches_tracked).
+    for name, value in (*captured.gm.named_parameters(), *captured.gm.named_buffers()):
+        if not _has(gm, name):
+            set_attribute(gm, name, value)
+    gm.meta = dict(captured.gm.meta)
+    twins = dict(zip(captured.gm.graph.nodes, gm.graph.nodes, strict=True))
+    return Emitter(state, gm, twins, captured.dialect).run()
+
+
+def _has(gm: fx.GraphModule, path: str) -> bool:
+    found: Any = gm
+    for part in path.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def parameters_of(emitted: Emitted, cluster: Cluster) -> list[str]:
+    """Names of the new parameters that a rewrite reads."""
+    names = set(cluster.new_nodes)
+    out: list[str] = []
+    for node in emitted.gm.graph.nodes:
+        if node.name not in names:
+            continue
+        if node.op == "get_attr" and node.target in emitted.parameters:
+            out.append(str(node.target))
+        elif node.op == "call_module":
+            out += [n for n in (f"{node.target}.weight", f"{node.target}.bias") if n in emitted.parameters]
+    return out
+
+
+def module_path(node: fx.Node) -> str:
+    """The qualified name of the module that a node belongs to, "" where it is not known."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    if isinstance(stack, dict) and stack:
+        path = str(list(stack.values())[-1][0])
+        return _DYNAMO_ROOT.sub("", path).strip(".")
+    return ""
+
+
+def symbol_ranges(gm: fx.GraphModule) -> Symbols:
+    """Range and example value of every symbol in the graph's sizes."""
+    mode = fake_mode_of(gm.graph)
+    env = getattr(mode, "shape_env", None)
+    if env is None:
+        return {}
+    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    out: Symbols = {}
+    for symbol, value in values.items():
+        interval = env.var_to_range.get(symbol)
+        low, high = 2, None
+        if interval is not None:
+            low = int(interval.lower) if interval.lower.is_Integer else 2
+            high = int(interval.upper) if interval.upper.is_Integer and interval.upper < 2**31 else None
+        out[symbol] = (low, high, int(value))
+    return out

@@ -1,0 +1,152 @@
+"""Rewrites as transactions: each is checked, one that fails is taken back alone, and the whole is checked with what stays."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from fxconv.blame import bisect, reproduction
+from fxconv.capture import Captured, restore_inplace
+from fxconv.clusters import Cutter, Pair
+from fxconv.emit import Cluster, Emitted
+from fxconv.errors import VerificationError
+from fxconv.options import Options
+from fxconv.outcome import Outcome, Symbols, emit, parameters_of
+from fxconv.rounding import check_rounding
+from fxconv.verify_cluster import Verdict, check_cluster
+from fxconv.verify_model import ModelVerdict, as_module, check_model
+
+logger = logging.getLogger("fxconv")
+
+
+def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> None:
+    """Check every rewrite; take back the ones that fail, and emit again without them, until all pass."""
+    for _ in range(len(outcome.emitted.clusters) + 1):
+        cutter = Cutter(outcome.state, outcome.captured.gm, outcome.emitted)
+        failed: list[tuple[Cluster, Verdict, Pair]] = []
+        verdicts: dict[str, Verdict] = {}
+        for i, cluster in enumerate(outcome.emitted.clusters):
+            known = outcome.verdicts.get(cluster.node)
+            if known is not None and not outcome.rolled_back:
+                verdicts[cluster.node] = known
+                continue
+            pair = cutter.cut(cluster)
+            outcome.pairs[cluster.node] = pair.nodes
+            verdict = check_cluster(
+                pair.original,
+                pair.replacement,
+                pair.inputs,
+                symbols=symbols,
+                seed=options.seed + i,
+                affine=not pair.homogeneous,
+                positively_homogeneous=pair.homogeneous,
+            )
+            if verdict.status == "failed" and exactness(outcome.emitted, cluster) != "exact":
+                verdict = _to_rounding(verdict, outcome, cluster)
+            if verdict.status != "failed":
+                rounding = _check_rounding(outcome.emitted, cluster)
+                if rounding.status == "failed":
+                    verdict = rounding
+            verdicts[cluster.node] = verdict
+            if verdict.status == "failed":
+                failed.append((cluster, verdict, pair))
+            _release(outcome.emitted, cluster)
+        outcome.verdicts = verdicts
+        if not failed:
+            return
+        if options.verify == "raise":
+            cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
+            example = {s: hint for s, (_, _, hint) in symbols.items()}
+            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example)
+            raise VerificationError(
+                f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
+            )
+        for cluster, verdict, pair in failed:
+            logger.warning("%s is taken back: %s", cluster.node, verdict.reason)
+            outcome.rolled_back[cluster.node] = (cluster, verdict, pair.nodes)
+            outcome.state.restore(cluster.value)
+        outcome.emitted = emit(outcome.captured, outcome.state)
+        outcome.after = outcome.state.total
+
+
+def exactness(emitted: Emitted, cluster: Cluster) -> str:
+    """Whether a rewrite uses a structure that holds within half a unit in the last place of each weight only."""
+    from fxconv.passes.recover import to_rounding
+
+    found = any(to_rounding(emitted.parameters[name]) for name in parameters_of(emitted, cluster))
+    return "exact to rounding" if found else "exact"
+
+
+def _to_rounding(verdict: Verdict, outcome: Outcome, cluster: Cluster) -> Verdict:
+    """The verdict on weights that were moved by up to half a unit in the last place: an error of that size is no failure."""
+    dtype = outcome.state.originals[cluster.value].node.meta["val"].dtype
+    limit = torch.finfo(dtype).eps
+    if not verdict.probes or verdict.max_error > limit:
+        return verdict
+    return Verdict(
+        "confirmed", f"to rounding: the structure holds within half an ulp of {dtype}", verdict.probes, verdict.max_error, limit
+    )
+
+
+def _check_rounding(emitted: Emitted, cluster: Cluster) -> Verdict:
+    exact: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}
+    dtype = torch.float32
+    for name in parameters_of(emitted, cluster):
+        value = emitted.gm
+        for part in name.split("."):
+            value = getattr(value, part)
+        exact[name], stored[name] = emitted.parameters[name].tensor(), value.detach()  # type: ignore[operator]
+        dtype = stored[name].dtype
+    return check_rounding(exact, stored, dtype)
+
+
+def _release(emitted: Emitted, cluster: Cluster) -> None:
+    """Forget the float64 weights of a rewrite that has been checked."""
+    for name in parameters_of(emitted, cluster):
+        emitted.parameters[name].release()
+
+
+def find_guilty(
+    model: Any, captured: Captured, options: Options, outcome: Outcome, verdict: ModelVerdict
+) -> tuple[Outcome, Any, ModelVerdict | None]:
+    """The whole model fails although every rewrite passed: bisect, and take back the guilty ones."""
+    clusters = outcome.emitted.clusters
+    definitions = {c.node: (c.value, outcome.state.snapshot(c.value)) for c in clusters}
+    results: dict[str, Any] = {}
+
+    def passes(active: frozenset[int]) -> bool:
+        for i, c in enumerate(clusters):
+            value, kept = definitions[c.node]
+            if i in active:
+                outcome.state.reinstate(value, kept)
+            else:
+                outcome.state.restore(value)
+        outcome.emitted = emit(captured, outcome.state)
+        restore_inplace(outcome.emitted.gm)
+        outcome.emitted.gm.recompile()
+        results["result"] = captured.rebuild(outcome.emitted.gm)
+        results["verdict"] = verify_model(model, results["result"], captured, options)
+        return results["verdict"] is None or results["verdict"].status != "failed"
+
+    guilty = bisect(passes, len(clusters))
+    if options.verify == "raise" and guilty:
+        names = ", ".join(clusters[i].node for i in sorted(guilty))
+        raise VerificationError(f"the rewritten model is {verdict}; the rewrite to blame: {names}")
+    passes(frozenset(range(len(clusters))) - guilty)
+    for i in sorted(guilty):
+        c = clusters[i]
+        why = Verdict("failed", f"the whole model is wrong with it: {verdict.reason}")
+        outcome.rolled_back[c.node] = (c, why, outcome.pairs.get(c.node, (c.node,)))
+        outcome.verdicts.pop(c.node, None)
+    outcome.after = outcome.state.total
+    return outcome, results["result"], results["verdict"]
+
+
+def verify_model(model: Any, result: Any, captured: Captured, options: Options) -> ModelVerdict | None:
+    """The whole result against the whole original; None where options or the lack of inputs forbid it."""
+    if options.verify == "off" or not (captured.args or captured.kwargs):
+        return None
+    return check_model(as_module(model), as_module(result), captured.args, captured.kwargs, seed=options.seed)
