@@ -339,7 +339,8 @@ def _emit(captured: Captured, state: State) -> Emitted:
 
 def _verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> None:
     """Check every rewrite; take back the ones that fail, and emit again without them, until all pass."""
-    for _ in range(len(outcome.emitted.clusters) + 1):
+    # What is taken back may leave a smaller rewrite in its place, so the bound is on values rather than on clusters.
+    for _ in range(len(outcome.state.originals) + 1):
         cutter = Cutter(outcome.state, outcome.captured.gm, outcome.emitted)
         failed: list[tuple[Cluster, Verdict, Pair]] = []
         verdicts: dict[str, Verdict] = {}
