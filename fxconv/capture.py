@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 from fxconv import shapes
 from fxconv.capture_export import export_module, from_program, plans
 from fxconv.capture_symbolic import keep_root_hooks, propagate_shapes, symbolic_module
-from fxconv.captured import Captured, bare_squeezes, one_line, quiet
+from fxconv.captured import Captured, one_line, quiet
 from fxconv.errors import ArgsError, CaptureError, OptionError, TrainingModeError
 from fxconv.functional import restore_inplace
 from fxconv.hazards import check_model, hooked_modules, unwrap
+from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 
 __all__ = ["Captured", "capture", "restore_inplace"]
@@ -122,7 +123,7 @@ def _batch_is_fixed(gm: fx.GraphModule) -> bool:
     """Whether no input has a dynamic dim 0, where some input has a dim 0."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
     tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
-    return bool(tensors) and not any(isinstance(shapes.sizes(t)[0], torch.SymInt) for t in tensors)
+    return bool(tensors) and not any(shapes.is_dynamic(shapes.sizes(t)[0]) for t in tensors)
 
 
 def _runs_doubled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -220,7 +221,7 @@ def _guess_shapes(model: nn.Module, captured: Captured) -> Captured:
             captured.notes += propagate_shapes(captured.gm, guess, {}, "all")[0]
         except Exception:
             continue
-        captured.notes += bare_squeezes(captured.gm)
+        captured.notes += sink_squeezes(captured.gm)
         captured.notes.append(_assumed(guess))
         return captured
     for node in captured.gm.graph.nodes:

@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxconv import shapes
-from fxconv.captured import Captured, bare_squeezes, frozen_reason, quiet
+from fxconv.captured import Captured, frozen_reason, quiet
 from fxconv.errors import CaptureError, TrainingModeError
 from fxconv.functional import functionalise
 from fxconv.hazards import check_not_quantised, training_ops
 from fxconv.program import Layout, fake_mode_of, relift, unlift
 from fxconv.result import finish, set_convention
+from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 
 SLOW_CALL_SECONDS = 0.2
@@ -66,11 +67,12 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             raise
         program = larger
     pinned, only_ones = _pinned_dims(program)
-    if pinned and plan.dynamic in ("all", "batch"):
-        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned) if only_ones else None
+    ones = _dims_fixed_by_ones(program) if plan.dynamic == "all" else set()
+    if (pinned or ones) and plan.dynamic in ("all", "batch"):
+        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned | ones) if only_ones or not pinned else None
         if larger is not None:
             program, pinned = larger, set()
-        else:
+        elif pinned:
             program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
     frozen = frozen_reason(model)
     captured = unlifted(program, flat=False)
@@ -97,8 +99,10 @@ def _static_by_choice(gm: fx.GraphModule, plan: Plan, pinned: set[Any]) -> set[t
         value = node.meta.get("val")
         for dim, size in enumerate(shapes.sizes(value) if isinstance(value, torch.Tensor) else ()):
             chosen = plan.dynamic != "all" or (index, dim) in pinned or dim == 0 or size == 1
-            if not isinstance(size, torch.SymInt) and chosen:
+            if not shapes.is_dynamic(size) and chosen:
                 fixed.add((node.name, dim))
+        if isinstance(value, torch.Tensor):
+            fixed |= {(node.name, dim) for dim in shapes.fixed_by_ones(value)}
     return fixed
 
 
@@ -156,9 +160,25 @@ def _export_larger(
             program = run_export(structural_copy(model), more_args, more_kwargs, dynamic)
         except Exception:
             return None
-        if not _pinned_dims(program)[0]:
+        sizes = _input_sizes(program)
+        if not _pinned_dims(program)[0] and all(shapes.is_dynamic(sizes[i][d]) for i, d in pinned):
             return program
     return None
+
+
+def _input_sizes(program: ExportedProgram) -> dict[int, tuple[Any, ...]]:
+    """Leaf index of an input → its sizes."""
+    return {i: shapes.sizes(value) for i, value in _inputs(program).items()}
+
+
+def _inputs(program: ExportedProgram) -> dict[int, torch.Tensor]:
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    return {i: values[name] for i, name in enumerate(names) if isinstance(values.get(name), torch.Tensor)}
+
+
+def _dims_fixed_by_ones(program: ExportedProgram) -> set[tuple[int, int]]:
+    return {(i, dim) for i, value in _inputs(program).items() for dim in shapes.fixed_by_ones(value)}
 
 
 def _pinned_dims(program: ExportedProgram) -> tuple[set[Any], bool]:
@@ -169,15 +189,11 @@ def _pinned_dims(program: ExportedProgram) -> tuple[set[Any], bool]:
     symbols, only_ones = shapes.pinned_symbols(mode.shape_env)
     if not symbols:
         return set(), False
-    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     found = set()
-    for index, name in enumerate(names):
-        value = values.get(name)
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(shapes.sizes(value)):
-                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
-                    found.add((index, dim))
+    for index, value in _inputs(program).items():
+        for dim, size in enumerate(shapes.sizes(value)):
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
+                found.add((index, dim))
     return found, only_ones
 
 
@@ -235,7 +251,7 @@ def unlifted(program: ExportedProgram, flat: bool) -> _Unlifted:
         raise TrainingModeError(f"{training} runs in training mode: call model.eval() before exporting")
     barriers = functionalise(gm)
     set_convention(gm, layout, flat=flat)
-    return _Unlifted(gm, layout, bare_squeezes(gm), barriers)
+    return _Unlifted(gm, layout, sink_squeezes(gm), barriers)
 
 
 def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Captured:

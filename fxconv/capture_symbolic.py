@@ -10,11 +10,12 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxconv import shapes
-from fxconv.captured import Captured, bare_squeezes, frozen_reason, one_line, quiet
+from fxconv.captured import Captured, frozen_reason, one_line, quiet
 from fxconv.errors import ArgsError, CaptureError
 from fxconv.functional import functionalise
 from fxconv.hazards import mode_dependent
 from fxconv.result import HOOKS, finish
+from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 from fxconv.trace import strip_asserts, trace
 
@@ -46,7 +47,7 @@ def symbolic_module(
         checks = shapes.size_checks(gm, _fixed_sizes(gm, chosen))
     barriers = {**functionalise(gm), **barriers}
     if args is not None:
-        notes += bare_squeezes(gm)
+        notes += sink_squeezes(gm)
     targets = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and _switches(gm, str(n.target))}
     name = type(model).__name__
     baked = frozen_reason(model) if not targets else ""
@@ -108,10 +109,19 @@ def _fixed_sizes(gm: fx.GraphModule, chosen: Any) -> set[tuple[str, int]]:
     fixed: set[tuple[str, int]] = set()
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and chosen != "all":
-            numbered = enumerate(shapes.sizes(value))
-            fixed |= {(node.name, d) for d, size in numbered if not isinstance(size, torch.SymInt)}
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        dims = shapes.fixed_by_ones(value)
+        dims |= {d for d, size in enumerate(shapes.sizes(value)[:1]) if not shapes.is_dynamic(size)}
+        if chosen != "all":
+            dims |= {d for d, size in enumerate(shapes.sizes(value)) if not shapes.is_dynamic(size)}
+        fixed |= {(node.name, d) for d in dims}
     return fixed
+
+
+def _any_fixed_by_ones(gm: fx.GraphModule) -> bool:
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    return any(isinstance(v, torch.Tensor) and shapes.fixed_by_ones(v) for v in values)
 
 
 def _larger(inputs: tuple[Any, Any], dynamic: Any) -> list[tuple[tuple[Any, Any], Any]]:
@@ -121,6 +131,12 @@ def _larger(inputs: tuple[Any, Any], dynamic: Any) -> list[tuple[tuple[Any, Any]
     if dynamic != "all" or not images or any(leaves[i].numel() > 2**20 for i, _ in images):
         return []
     return [(shapes.enlarged(*inputs, images, 4), dynamic)]
+
+
+def _all_dynamic(gm: fx.GraphModule, dims: set[tuple[int, int]]) -> bool:
+    """Whether these (placeholder index, dim) are dynamic."""
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    return all(i < len(values) and shapes.is_dynamic(shapes.sizes(values[i])[d]) for i, d in dims)
 
 
 def propagate_shapes(
@@ -133,10 +149,12 @@ def propagate_shapes(
     double = shapes.needs_doubling(args, kwargs, dynamic if not isinstance(dynamic, str) else None)
     given = dynamic if not isinstance(dynamic, str) else None
     wide = shapes.doubled(args, kwargs, given) if double else (args, kwargs)
-    tries = [(wide, dynamic), *_larger(wide, dynamic), (wide, "batch"), ((args, kwargs), dynamic)]
+    larger = _larger(wide, dynamic)
+    # What a larger example does not free of sizes that are 1 is taken as it is, and checked when it runs.
+    tries = [(wide, dynamic), *larger, *([(wide, dynamic)] if larger else []), (wide, "batch"), ((args, kwargs), dynamic)]
     tries.append(((args, kwargs), "none"))
     error: Exception | None = None
-    for (use_args, use_kwargs), choice in tries:
+    for i, ((use_args, use_kwargs), choice) in enumerate(tries):
         try:
             with quiet():
                 mode = shapes.propagate(gm, use_args, use_kwargs, choice)
@@ -146,6 +164,10 @@ def propagate_shapes(
             error = error or caught
             continue
         if choice == "all" and mode.shape_env is not None and shapes.pinned_symbols(mode.shape_env)[0]:
+            continue
+        if i < 2 * len(larger) and _any_fixed_by_ones(gm):
+            continue
+        if 0 < i < 1 + len(larger) and not _all_dynamic(gm, shapes.image_dims((args, kwargs))):
             continue
         return ([] if choice == dynamic else [f"only these dims are dynamic: {choice}"]), choice
     for node in gm.graph.nodes:

@@ -121,6 +121,11 @@ def sizes(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape)
 
 
+def is_dynamic(size: Any) -> bool:
+    """Whether a size still depends on the input: a SymInt that has been solved does not."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def cloned(value: Any) -> Any:
     """A deep copy of the tensors in ``value``, so that a run cannot change the caller's inputs."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
@@ -236,6 +241,23 @@ def _determined(equation: sympy.Eq, environment: ShapeEnv) -> set[Any]:
     return {s for s in values if not holds({s})}
 
 
+def fixed_by_ones(tensor: torch.Tensor) -> set[int]:
+    """The dims of an input that were fixed because some size computed from them is 1 in the example.
+
+    A size of 1 is another kind of size: ``squeeze`` drops it and it broadcasts, so torch asks ``h - 3 = 1`` and solves
+    it. A larger input may well run, and then that dim is 5 rather than 1.
+    """
+    raw = {size.node._expr: dim for dim, size in enumerate(sizes(tensor)) if isinstance(size, torch.SymInt)}
+    environment = getattr(getattr(tensor, "fake_mode", None), "shape_env", None)
+    found: set[int] = set()
+    for guard in environment.guards if environment is not None else ():
+        if isinstance(guard.expr, sympy.Eq) and 1 in (guard.expr.lhs, guard.expr.rhs):
+            for symbol in guard.expr.free_symbols & set(raw):
+                if environment.replacements.get(symbol, symbol).is_number:
+                    found.add(raw[symbol])
+    return found
+
+
 # ----------------------------------------------------------------- what the capture assumed about sizes
 
 
@@ -267,8 +289,9 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
             continue
         environment = getattr(getattr(value, "fake_mode", None), "shape_env", None) or environment
         for dim, size in enumerate(sizes(value)):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                places.setdefault(size.node.expr, (node.name, dim))
+            if is_dynamic(size):
+                if size.node.expr.is_symbol:
+                    places.setdefault(size.node.expr, (node.name, dim))
             else:
                 fixed.append((node, dim, int(size)))
                 if (node.name, dim) in static:
