@@ -34,22 +34,28 @@ with symbolic height and width and 5 s without; convolutional networks spend les
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to export: which dims are dynamic, and whether a batch of 1 is repeated to 2."""
+    """One way to export: which dims are dynamic, and whether a batch of 1 is repeated to 2.
+
+    ``free`` are the leaves whose channels are dynamic too, see ``shapes.all_dynamic``.
+    """
 
     dynamic: Any
     double: bool
     note: str
+    free: frozenset[int] = frozenset()
 
 
-def plans(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[Plan]:
+def plans(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, free: frozenset[int] = frozenset()
+) -> list[Plan]:
     double = shapes.needs_doubling(args, kwargs, dynamic_shapes)
     repeated = "captured at batch 2 (export specialises a batch of 1)" if double else ""
     if dynamic_shapes is not None:
         plans = [Plan(dynamic_shapes, True, repeated)] if double else []
         return [*plans, Plan(dynamic_shapes, False, "")]
-    plans = [Plan("all", double, repeated), Plan("batch", double, repeated)]
+    plans = [Plan("all", double, repeated, free), Plan("batch", double, repeated)]
     if double:
-        plans.append(Plan("all", False, "captured at the batch of the example"))
+        plans.append(Plan("all", False, "captured at the batch of the example", free))
     plans.append(Plan("none", False, "captured at the sizes of the example only"))
     return plans
 
@@ -58,22 +64,22 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     use_args, use_kwargs = shapes.doubled(args, kwargs, _given(plan)) if plan.double else (args, kwargs)
     use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
     try:
-        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic)
+        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, free=plan.free)
     except NotImplementedError:
         # sympy, asked to solve (h // 32) = 1, which a feature map that is one element high asks.
         images = shapes.image_dims((use_args, use_kwargs))
-        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, images) if plan.dynamic == "all" else None
+        larger = _export_larger(model, use_args, use_kwargs, plan, images) if plan.dynamic == "all" else None
         if larger is None:
             raise
         program = larger
     pinned, only_ones = _pinned_dims(program)
     ones = _dims_fixed_by_ones(program) if plan.dynamic == "all" else set()
     if (pinned or ones) and plan.dynamic in ("all", "batch"):
-        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned | ones) if only_ones or not pinned else None
+        larger = _export_larger(model, use_args, use_kwargs, plan, pinned | ones) if only_ones or not pinned else None
         if larger is not None:
             program, pinned = larger, set()
         elif pinned:
-            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
+            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned, plan.free)
     frozen = frozen_reason(model)
     captured = unlifted(program, flat=False)
     gm, layout = captured.gm, captured.layout
@@ -111,10 +117,16 @@ def _given(plan: Plan) -> Any:
 
 
 def run_export(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any] | None = None
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Any,
+    pinned: set[Any] | None = None,
+    free: frozenset[int] = frozenset(),
 ) -> ExportedProgram:
     if dynamic in ("all", "batch"):
-        spec: Any = {"args": shapes.all_dynamic(args, dynamic), "kwargs": shapes.all_dynamic(kwargs, dynamic)}
+        positional, named = shapes.all_dynamic((args, kwargs), dynamic, free)
+        spec: Any = {"args": positional, "kwargs": named}
         if pinned:
             spec = _without_dims(spec, pinned)
         given: Any = (*spec["args"], *spec["kwargs"].values())
@@ -151,13 +163,13 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sp
 
 
 def _export_larger(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, pinned: set[Any]
 ) -> ExportedProgram | None:
     """The program of an example twice or four times as large in the pinned dims, where that leaves none pinned."""
     for factor in (2, 4):
         try:
             more_args, more_kwargs = shapes.enlarged(args, kwargs, pinned, factor)
-            program = run_export(structural_copy(model), more_args, more_kwargs, dynamic)
+            program = run_export(structural_copy(model), more_args, more_kwargs, plan.dynamic, free=plan.free)
         except Exception:
             return None
         sizes = _input_sizes(program)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,25 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from fxconv.errors import ArgsError
 
 
-def all_dynamic(value: Any, dims: str = "all") -> Any:
-    """``dynamic_shapes`` for one argument: ``Dim.AUTO`` on batch and spatial dims (or on dim 0 only, ``dims="batch"``).
+def all_dynamic(values: Any, dims: str = "all", free: Collection[int] = ()) -> Any:
+    """``dynamic_shapes`` for these arguments: ``Dim.AUTO`` on batch and spatial dims (or on dim 0 only, ``dims="batch"``).
 
     Dim 1 of an image or a volume is its channels, which weights fix; where only a concatenation reads them first,
-    export would find a dynamic number of channels and the concatenation's places would be unknown.
+    export would find a dynamic number of channels and the concatenation's places would be unknown. ``free`` are the
+    indices of the leaves with which the model runs at other numbers of channels.
     """
+    index = -1
 
     def spec(leaf: Any) -> Any:
+        nonlocal index
+        index += 1
         if not isinstance(leaf, torch.Tensor):
             return None
         count = leaf.dim() if dims == "all" else min(1, leaf.dim())
         wanted = [i for i in range(count) if dims == "all" or leaf.shape[i] > 1]
-        return {i: Dim.AUTO for i in wanted if not (i == 1 and leaf.dim() >= 4)} or None
+        return {i: Dim.AUTO for i in wanted if not (i == 1 and leaf.dim() >= 4 and index not in free)} or None
 
-    return pytree.tree_map(spec, value)
+    return pytree.tree_map(spec, values)
 
 
 def needs_doubling(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> bool:
@@ -150,18 +154,29 @@ class _Propagate(fx.Interpreter):
 
 
 def propagate(
-    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, dynamic: Any = "all"
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    dynamic: Any = "all",
+    free: Collection[int] = (),
+    static: Collection[tuple[int, int]] = (),
 ) -> FakeTensorMode:
     """Fill ``meta["val"]`` of every node, with SymInts for dynamic dims.
 
     ``dynamic`` is "all" (but the channels of images, see ``all_dynamic``), "batch", "none", or a ``dynamic_shapes``
-    structure as for ``torch.export``. Raises whatever the graph raises on these inputs.
+    structure as for ``torch.export``. ``static`` are (placeholder index, dim) that stay fixed under "all" and "batch".
+    Raises whatever the graph raises on these inputs.
     """
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     flat = _bind(gm, args, kwargs or {})
     specs = _specs(gm, flat, dynamic)
-    fakes = [_fake(mode, value, spec) for value, spec in zip(flat, specs, strict=True)]
+    if specs and isinstance(dynamic, str) and dynamic == "all":
+        specs = ["everything" if i in free else spec for i, spec in enumerate(specs)]
+    fakes = [
+        _fake(mode, value, spec, {d for index, d in static if index == i})
+        for i, (value, spec) in enumerate(zip(flat, specs, strict=True))
+    ]
     # Without the Python dispatcher, composite operators (upsampling by a factor) ask for every size as an int.
     with mode, torch.no_grad(), enable_python_dispatcher():
         _Propagate(gm, mode).run(*fakes)
@@ -191,19 +206,19 @@ def _specs(gm: fx.GraphModule, flat: list[Any], dynamic: Any) -> list[Any]:
     return given + [None] * (len(flat) - len(given))
 
 
-def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
+def _fake(mode: FakeTensorMode, value: Any, spec: Any, static: Collection[int] = ()) -> Any:
     if not isinstance(value, torch.Tensor):
         return pytree.tree_map(lambda v: _fake(mode, v, spec) if isinstance(v, torch.Tensor) else v, value)
     dims: list[DimDynamic] = []
     for i, size in enumerate(value.shape):
-        if spec == "all":
-            dynamic = size > 1 and not (i == 1 and value.dim() >= 4)
+        if spec in ("all", "everything"):
+            dynamic = size > 1 and not (i == 1 and value.dim() >= 4 and spec == "all")
         elif spec == "batch":
             dynamic = i == 0 and size > 1
         else:
             chosen = spec.get(i) if isinstance(spec, dict) else spec[i] if isinstance(spec, (list, tuple)) else None
             dynamic = chosen is not None and not isinstance(chosen, int) and chosen is not Dim.STATIC
-        dims.append(DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC)
+        dims.append(DimDynamic.DYNAMIC if dynamic and i not in static else DimDynamic.STATIC)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
     return mode.from_tensor(value.detach(), symbolic_context=context)
 
@@ -298,7 +313,7 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
             else:
                 fixed.append((node, dim, int(size)))
                 if (node.name, dim) in static:
-                    checks.append(_exact(node, dim, int(size)))
+                    checks.append(exact(node, dim, int(size)))
     for guard in environment.guards if environment is not None else ():
         if not _asked_by_model(guard):
             continue
@@ -316,11 +331,12 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
     known = {(check.symbols[0][1], check.symbols[0][2]) for check in checks}
     for node, dim, number in fixed:
         if number in specialised and (node.name, dim) not in known:
-            checks.append(_exact(node, dim, number))
+            checks.append(exact(node, dim, number))
     return checks
 
 
-def _exact(node: fx.Node, dim: int, number: int) -> SizeCheck:
+def exact(node: fx.Node, dim: int, number: int) -> SizeCheck:
+    """That an input has the size that the graph was captured for."""
     symbol = sympy.Symbol(f"{node.name}_{dim}", integer=True)
     text = f"captured for size {number} in dim {dim} of {node.target}: transform again for other sizes"
     return SizeCheck(sympy.Eq(symbol, number), ((symbol, node.name, dim),), text)
