@@ -23,6 +23,7 @@ from fxconv.cost import CostModel, Price
 from fxconv.emit import Cluster, Emitted, Emitter
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Leaf, Value
+from fxconv.identities import remove_identities
 from fxconv.law import Law
 from fxconv.lift import Lifter
 from fxconv.measure import Judge, Loser, example_sizes, whole
@@ -143,10 +144,7 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     """
     outcome = rewrite(captured, options)
     outcome.timings["capture"] = took
-    result_gm = outcome.emitted.gm
-    restore_inplace(result_gm)
-    result_gm.recompile()
-    result = captured.rebuild(result_gm)
+    result = _hand_back(captured, outcome.emitted.gm)
     if isinstance(model, fx.GraphModule) and _unchanged(captured.gm, outcome.emitted):
         result = structural_copy(model)  # nothing to do is nothing done: in the dialect and the order that it came in
     clock = time.perf_counter()
@@ -168,6 +166,14 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     return result, record
 
 
+def _hand_back(captured: Captured, gm: fx.GraphModule) -> Any:
+    """The rewritten graph as the kind of thing that was given."""
+    remove_identities(gm, captured.barriers)
+    restore_inplace(gm)
+    gm.recompile()
+    return captured.rebuild(gm)
+
+
 def _unchanged(before: fx.GraphModule, emitted: Emitted) -> bool:
     def calls(gm: fx.GraphModule) -> int:
         return sum(n.op.startswith("call_") for n in gm.graph.nodes)
@@ -183,9 +189,7 @@ def _undone(
         take_back(outcome.state, cluster.value)
     outcome.emitted = _emit(captured, outcome.state)
     outcome.after = outcome.state.total
-    restore_inplace(outcome.emitted.gm)
-    outcome.emitted.gm.recompile()
-    result = captured.rebuild(outcome.emitted.gm)
+    result = _hand_back(captured, outcome.emitted.gm)
     return result, _verify_model(model, result, captured, options)
 
 
@@ -470,9 +474,7 @@ def _find_guilty(
             else:
                 outcome.state.restore(value)
         outcome.emitted = _emit(captured, outcome.state)
-        restore_inplace(outcome.emitted.gm)
-        outcome.emitted.gm.recompile()
-        results["result"] = captured.rebuild(outcome.emitted.gm)
+        results["result"] = _hand_back(captured, outcome.emitted.gm)
         results["verdict"] = _verify_model(model, results["result"], captured, options)
         return results["verdict"] is None or results["verdict"].status != "failed"
 
