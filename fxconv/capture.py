@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 from fxconv import shapes
 from fxconv.capture_export import export_module, from_program, plans
 from fxconv.capture_symbolic import keep_root_hooks, propagate_shapes, symbolic_module
-from fxconv.captured import Captured, bare_squeezes, one_line, quiet
+from fxconv.captured import Captured, one_line, quiet
 from fxconv.errors import ArgsError, CaptureError, OptionError, TrainingModeError
 from fxconv.functional import restore_inplace
 from fxconv.hazards import check_model, hooked_modules, unwrap
+from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 
 __all__ = ["Captured", "capture", "restore_inplace"]
@@ -73,13 +74,14 @@ def _with_args(
 ) -> Captured:
     expected = expected_output(model, args, kwargs)
     hooked = hooked_modules(model)
+    free = _free_channels(model, args, kwargs) if dynamic_shapes is None else frozenset()
     export: list[_Attempt] = [
         ("export", lambda plan=plan: export_module(model, args, kwargs, plan))  # type: ignore[misc]
-        for plan in plans(args, kwargs, dynamic_shapes)
+        for plan in plans(args, kwargs, dynamic_shapes, free)
     ]
     whole = mode == "auto"
     symbolic: list[_Attempt] = [
-        ("symbolic", lambda: symbolic_module(model, args, kwargs, dynamic_shapes, expected, whole))
+        ("symbolic", lambda: symbolic_module(model, args, kwargs, dynamic_shapes, expected, whole, free))
     ]
     # Export traces a hook's effect on values and loses its side effects; as a leaf module a hooked one keeps both.
     order = {"export": export, "symbolic": symbolic}.get(mode, [*symbolic, *export] if hooked else [*export, *symbolic])
@@ -109,6 +111,7 @@ def _with_args(
             continue
         captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
         _check_batch_of_one(model, captured)
+        _check_channels(captured, free)
         return captured
     if fallback is not None:
         fallback.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
@@ -122,22 +125,16 @@ def _batch_is_fixed(gm: fx.GraphModule) -> bool:
     """Whether no input has a dynamic dim 0, where some input has a dim 0."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
     tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0]
-    return bool(tensors) and not any(isinstance(shapes.sizes(t)[0], torch.SymInt) for t in tensors)
+    return bool(tensors) and not any(shapes.is_dynamic(shapes.sizes(t)[0]) for t in tensors)
 
 
 def _runs_doubled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model runs on twice the batch."""
-    runner = structural_copy(model, own_buffers=True)
 
     def twice(leaf: Any) -> Any:
         return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 else leaf
 
-    try:
-        with torch.no_grad():
-            runner(*pytree.tree_map(twice, args), **pytree.tree_map(twice, kwargs))
-    except Exception:
-        return False
-    return True
+    return _runs(model, *pytree.tree_map(twice, (args, kwargs)))
 
 
 def _check_batch_of_one(model: nn.Module, captured: Captured) -> None:
@@ -170,6 +167,42 @@ def _check_batch_of_one(model: nn.Module, captured: Captured) -> None:
         text = f"captured for a batch of 2 or more ({problem} at 1): transform again with a batch of 1"
         captured.checks.append(shapes.SizeCheck(symbol >= 2, ((symbol, name, 0),), text))
         captured.notes.append(f"the batch must be 2 or more: at 1 the model does something else ({problem})")
+
+
+def _free_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    """The leaves, among images and volumes, that the model takes with other numbers of channels (no weights fix them)."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    found: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() < 4 or leaf.shape[1] == 0:
+            continue
+        for other in (torch.cat([leaf, leaf], 1), torch.cat([leaf, leaf[:, :1]], 1), leaf[:, :1]):
+            changed = pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], spec)
+            if other.shape[1] != leaf.shape[1] and _runs(model, *changed):
+                found.add(i)
+                break
+    return frozenset(found)
+
+
+def _check_channels(captured: Captured, free: frozenset[int]) -> None:
+    """Where the model takes other numbers of channels and the graph does not, the result says so."""
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    known = {(name, dim) for check in captured.checks for _, name, dim in check.symbols}
+    for i in free if len(placeholders) > max(free, default=-1) else ():
+        value = placeholders[i].meta.get("val")
+        if not isinstance(value, torch.Tensor) or (placeholders[i].name, 1) in known:
+            continue
+        size = shapes.sizes(value)[1]
+        if not shapes.is_dynamic(size):
+            captured.checks.append(shapes.exact(placeholders[i], 1, int(size)))
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        expected_output(model, args, kwargs)
+    except ArgsError:
+        return False
+    return True
 
 
 _Attempt = tuple[str, Callable[[], Captured]]
@@ -220,7 +253,7 @@ def _guess_shapes(model: nn.Module, captured: Captured) -> Captured:
             captured.notes += propagate_shapes(captured.gm, guess, {}, "all")[0]
         except Exception:
             continue
-        captured.notes += bare_squeezes(captured.gm)
+        captured.notes += sink_squeezes(captured.gm)
         captured.notes.append(_assumed(guess))
         return captured
     for node in captured.gm.graph.nodes:

@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxconv import shapes
-from fxconv.captured import Captured, bare_squeezes, frozen_reason, quiet
+from fxconv.captured import Captured, frozen_reason, quiet
 from fxconv.errors import CaptureError, TrainingModeError
 from fxconv.functional import functionalise
 from fxconv.hazards import check_not_quantised, training_ops
 from fxconv.program import Layout, fake_mode_of, relift, unlift
 from fxconv.result import finish, set_convention
+from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 
 SLOW_CALL_SECONDS = 0.2
@@ -33,22 +34,28 @@ with symbolic height and width and 5 s without; convolutional networks spend les
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to export: which dims are dynamic, and whether a batch of 1 is repeated to 2."""
+    """One way to export: which dims are dynamic, and whether a batch of 1 is repeated to 2.
+
+    ``free`` are the leaves whose channels are dynamic too, see ``shapes.all_dynamic``.
+    """
 
     dynamic: Any
     double: bool
     note: str
+    free: frozenset[int] = frozenset()
 
 
-def plans(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[Plan]:
+def plans(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, free: frozenset[int] = frozenset()
+) -> list[Plan]:
     double = shapes.needs_doubling(args, kwargs, dynamic_shapes)
     repeated = "captured at batch 2 (export specialises a batch of 1)" if double else ""
     if dynamic_shapes is not None:
         plans = [Plan(dynamic_shapes, True, repeated)] if double else []
         return [*plans, Plan(dynamic_shapes, False, "")]
-    plans = [Plan("all", double, repeated), Plan("batch", double, repeated)]
+    plans = [Plan("all", double, repeated, free), Plan("batch", double, repeated)]
     if double:
-        plans.append(Plan("all", False, "captured at the batch of the example"))
+        plans.append(Plan("all", False, "captured at the batch of the example", free))
     plans.append(Plan("none", False, "captured at the sizes of the example only"))
     return plans
 
@@ -57,21 +64,22 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     use_args, use_kwargs = shapes.doubled(args, kwargs, _given(plan)) if plan.double else (args, kwargs)
     use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
     try:
-        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic)
+        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, free=plan.free)
     except NotImplementedError:
         # sympy, asked to solve (h // 32) = 1, which a feature map that is one element high asks.
         images = shapes.image_dims((use_args, use_kwargs))
-        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, images) if plan.dynamic == "all" else None
+        larger = _export_larger(model, use_args, use_kwargs, plan, images) if plan.dynamic == "all" else None
         if larger is None:
             raise
         program = larger
     pinned, only_ones = _pinned_dims(program)
-    if pinned and plan.dynamic in ("all", "batch"):
-        larger = _export_larger(model, use_args, use_kwargs, plan.dynamic, pinned) if only_ones else None
+    ones = _dims_fixed_by_ones(program) if plan.dynamic == "all" else set()
+    if (pinned or ones) and plan.dynamic in ("all", "batch"):
+        larger = _export_larger(model, use_args, use_kwargs, plan, pinned | ones) if only_ones or not pinned else None
         if larger is not None:
             program, pinned = larger, set()
-        else:
-            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned)
+        elif pinned:
+            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned, plan.free)
     frozen = frozen_reason(model)
     captured = unlifted(program, flat=False)
     gm, layout = captured.gm, captured.layout
@@ -97,8 +105,10 @@ def _static_by_choice(gm: fx.GraphModule, plan: Plan, pinned: set[Any]) -> set[t
         value = node.meta.get("val")
         for dim, size in enumerate(shapes.sizes(value) if isinstance(value, torch.Tensor) else ()):
             chosen = plan.dynamic != "all" or (index, dim) in pinned or dim == 0 or size == 1
-            if not isinstance(size, torch.SymInt) and chosen:
+            if not shapes.is_dynamic(size) and chosen:
                 fixed.add((node.name, dim))
+        if isinstance(value, torch.Tensor):
+            fixed |= {(node.name, dim) for dim in shapes.fixed_by_ones(value)}
     return fixed
 
 
@@ -107,10 +117,16 @@ def _given(plan: Plan) -> Any:
 
 
 def run_export(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any] | None = None
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Any,
+    pinned: set[Any] | None = None,
+    free: frozenset[int] = frozenset(),
 ) -> ExportedProgram:
     if dynamic in ("all", "batch"):
-        spec: Any = {"args": shapes.all_dynamic(args, dynamic), "kwargs": shapes.all_dynamic(kwargs, dynamic)}
+        positional, named = shapes.all_dynamic((args, kwargs), dynamic, free)
+        spec: Any = {"args": positional, "kwargs": named}
         if pinned:
             spec = _without_dims(spec, pinned)
         given: Any = (*spec["args"], *spec["kwargs"].values())
@@ -147,18 +163,34 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sp
 
 
 def _export_larger(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, pinned: set[Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, pinned: set[Any]
 ) -> ExportedProgram | None:
     """The program of an example twice or four times as large in the pinned dims, where that leaves none pinned."""
     for factor in (2, 4):
         try:
             more_args, more_kwargs = shapes.enlarged(args, kwargs, pinned, factor)
-            program = run_export(structural_copy(model), more_args, more_kwargs, dynamic)
+            program = run_export(structural_copy(model), more_args, more_kwargs, plan.dynamic, free=plan.free)
         except Exception:
             return None
-        if not _pinned_dims(program)[0]:
+        sizes = _input_sizes(program)
+        if not _pinned_dims(program)[0] and all(shapes.is_dynamic(sizes[i][d]) for i, d in pinned):
             return program
     return None
+
+
+def _input_sizes(program: ExportedProgram) -> dict[int, tuple[Any, ...]]:
+    """Leaf index of an input → its sizes."""
+    return {i: shapes.sizes(value) for i, value in _inputs(program).items()}
+
+
+def _inputs(program: ExportedProgram) -> dict[int, torch.Tensor]:
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    return {i: values[name] for i, name in enumerate(names) if isinstance(values.get(name), torch.Tensor)}
+
+
+def _dims_fixed_by_ones(program: ExportedProgram) -> set[tuple[int, int]]:
+    return {(i, dim) for i, value in _inputs(program).items() for dim in shapes.fixed_by_ones(value)}
 
 
 def _pinned_dims(program: ExportedProgram) -> tuple[set[Any], bool]:
@@ -169,15 +201,11 @@ def _pinned_dims(program: ExportedProgram) -> tuple[set[Any], bool]:
     symbols, only_ones = shapes.pinned_symbols(mode.shape_env)
     if not symbols:
         return set(), False
-    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     found = set()
-    for index, name in enumerate(names):
-        value = values.get(name)
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(shapes.sizes(value)):
-                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
-                    found.add((index, dim))
+    for index, value in _inputs(program).items():
+        for dim, size in enumerate(shapes.sizes(value)):
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
+                found.add((index, dim))
     return found, only_ones
 
 
@@ -235,7 +263,7 @@ def unlifted(program: ExportedProgram, flat: bool) -> _Unlifted:
         raise TrainingModeError(f"{training} runs in training mode: call model.eval() before exporting")
     barriers = functionalise(gm)
     set_convention(gm, layout, flat=flat)
-    return _Unlifted(gm, layout, bare_squeezes(gm), barriers)
+    return _Unlifted(gm, layout, sink_squeezes(gm), barriers)
 
 
 def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Captured:

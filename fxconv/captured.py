@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from fxconv import shapes
 from fxconv.hazards import mode_dependent
-from fxconv.spelling import Op, canonical
 
 
 @dataclass
@@ -59,17 +58,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def bare_squeezes(gm: fx.GraphModule) -> list[str]:
-    notes = []
-    for node in gm.graph.nodes:
-        target = str(node.target)
-        if "squeeze" in target and "unsqueeze" not in target:
-            op = canonical(node, gm)
-            if isinstance(op, Op) and op.attrs.get("bare_squeeze"):
-                notes.append(f"{node.name}: a bare squeeze() removes the batch dim at batch 1, as in the original")
-    return notes
 
 
 def frozen_reason(model: nn.Module) -> str:

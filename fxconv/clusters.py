@@ -1,7 +1,9 @@
 """A rewrite cut out of the graph: the nodes that it replaced and the new ones, as two float64 functions of one input list.
 
 The inputs are what the new nodes read. Where one of them is itself computed from another (``x`` and ``f(x)``), only the
-independent ones are inputs and the others are computed, by the original nodes on both sides.
+independent ones are inputs and the others are computed, by the original nodes on both sides. So is what only one side
+reads: where the model computes ``f(x)`` twice, the original reads ``x`` and the replacement the other ``f(x)``, and taken
+for independent inputs the two would differ.
 """
 
 from __future__ import annotations
@@ -51,9 +53,14 @@ class Cutter:
         target = self.before[cluster.node]
         self.norms = any(n in self.after and self.after[n].meta.get("fxconv_apply") for n in cluster.new_nodes)
         free = {name for name in reads if not self._reaches(self.before[name], reads)}
-        original_nodes, original_inputs, aliases = self._upstream(target, free, self._stops_before)
         result = self.after[cluster.result]
-        new_nodes, new_inputs, new_aliases = self._upstream(result, free, self._stops_after)
+        while True:
+            original_nodes, original_inputs, aliases = self._upstream(target, free, self._stops_before)
+            new_nodes, new_inputs, new_aliases = self._upstream(result, free, self._stops_after)
+            one_sided = {n for n in {*original_inputs} ^ {*new_inputs} if n in free and not self._stops_before(self.before[n])}
+            if not one_sided:
+                break
+            free -= one_sided
         inputs = list(dict.fromkeys([*original_inputs, *new_inputs]))
         order = {name: i for i, name in enumerate(self.before)}
         inputs.sort(key=lambda name: order.get(name, len(order)))

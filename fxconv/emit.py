@@ -11,6 +11,7 @@ from fxconv import kernel as kernels
 from fxconv.asks import redirect_asks
 from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
+from fxconv.functional import has_effect
 from fxconv.kernel import Kernel
 from fxconv.plan import Chain, Layout, Step, plan_view
 from fxconv.state import State
@@ -107,7 +108,7 @@ class Emitter:
     def _erase_dead(self) -> None:
         # fx's own dead-code elimination keeps random operators, and eval-mode dropout counts as one.
         for node in reversed(self.gm.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output") and not _mutates(node):
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node, self.gm):
                 self.gm.graph.erase_node(node)
 
     def _emit_cluster(self, v: Value, original: fx.Node) -> Cluster:
@@ -248,14 +249,6 @@ class Emitter:
             total = self.writer.write(step, total)
         assert total is not None
         return total, plan.layout
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.op == "call_method" and str(name).endswith("_") and not str(name).endswith("__") or name == "setitem"
 
 
 def _stem(node: fx.Node) -> str:

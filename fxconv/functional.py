@@ -61,6 +61,8 @@ _OUT_OF_PLACE = {value: key for key, value in _OPERATORS.items()}
 def _may_alias(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether the result of ``node`` may share storage with one of its arguments."""
     target: Any = node.target
+    if isinstance(node.meta.get("val"), (torch.Size, int, float, torch.SymInt)):
+        return False
     if node.op == "call_module":
         module = attribute(gm, str(target))
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _VIEW_MODULES):
@@ -73,10 +75,8 @@ def _may_alias(node: fx.Node, gm: fx.GraphModule) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True
     name = base_name(node, gm)
-    if node.op == "call_function" and not isinstance(target, type(torch.ops.aten.add.Tensor)):
-        module_name = getattr(target, "__module__", None) or "torch"
-        if module_name.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
-            return True  # an unknown Python function
+    if node.op == "call_function" and _is_unknown(target):
+        return True
     return name in _VIEWS or mutated_argument(node, gm) is not None
 
 
@@ -94,6 +94,8 @@ def mutated_argument(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
                     return value
         return None
     mutates = False
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        return out
     if node.op == "call_method":
         name = str(target)
         mutates = name in _MUTATING_METHODS or (name.endswith("_") and not name.endswith("__"))
@@ -114,6 +116,27 @@ def mutated_argument(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
     if target in _OPERATORS and not isinstance(first.meta.get("val", torch.empty(0)), torch.Tensor):
         return None  # h += 1 on a size
     return first
+
+
+def has_effect(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether ``node`` must stay although nothing reads its result: it writes, or nobody knows what it does.
+
+    Unknown are hooked modules (the hook may record) and Python functions that were wrapped for tracing.
+    """
+    if node.op == "call_module":
+        module = attribute(gm, str(node.target))
+        if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+            return True
+    elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and _is_unknown(node.target):
+        return True
+    return mutated_argument(node, gm) is not None
+
+
+def _is_unknown(function: Any) -> bool:
+    module_name = getattr(function, "__module__", None) or "torch"
+    return str(module_name).split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins")
 
 
 def _aliased_arguments(node: fx.Node, gm: fx.GraphModule) -> list[fx.Node]:
@@ -270,7 +293,7 @@ def _make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:
         node.target = _OPERATORS[target]
     elif node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
-    elif target is operator.setitem:
+    elif target is operator.setitem or not target.__name__.endswith("_"):
         return False
     else:
         name = target.__name__

@@ -83,7 +83,7 @@ def _identity(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
 @rule("reshape", "pixel_shuffle_view")
 def _reshape(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     if op.attrs.get("bare_squeeze"):
-        raise LiftError("a bare squeeze() drops the batch dim too where it is 1: write squeeze(dim) or flatten(1)")
+        raise LiftError("a squeeze() that also drops a dynamic dim where it is 1 (the batch): write squeeze(dim) or flatten(1)")
     return regroup_dims(lifter.ref(op.inputs[0]), out_shape(node))
 
 

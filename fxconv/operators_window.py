@@ -244,6 +244,9 @@ def place(ref: Ref, starts: dict[int, tuple[int, Size]], step: dict[int, int] | 
         s = (step or {}).get(d, 1)
         if start == 0 and same(n, size) and s == 1:
             continue
+        if (s == 1 or is_static(size)) and not is_static(as_size(size * s - n)):
+            # The size of a window is ⌊(n + extent)/step⌋ with a fixed extent.
+            raise LiftError(f"{size} elements from an axis of size {n}")
         roles[d] = Window(0, selection_filter(start, n, size, s), size)
     if not roles:
         return ref

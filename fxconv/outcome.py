@@ -10,9 +10,10 @@ from typing import Any
 import sympy
 from torch import fx
 
-from fxconv.captured import Captured
+from fxconv.capture import Captured, restore_inplace
 from fxconv.cost import Price
 from fxconv.emit import Cluster, Emitted, Emitter
+from fxconv.identities import remove_identities
 from fxconv.measure import Loser
 from fxconv.program import fake_mode_of, set_attribute
 from fxconv.search import Search
@@ -52,6 +53,14 @@ def emit(captured: Captured, state: State) -> Emitted:
     gm.meta = dict(captured.gm.meta)
     twins = dict(zip(captured.gm.graph.nodes, gm.graph.nodes, strict=True))
     return Emitter(state, gm, twins, captured.dialect).run()
+
+
+def hand_back(captured: Captured, gm: fx.GraphModule) -> Any:
+    """The rewritten graph as the kind of thing that was given."""
+    remove_identities(gm, captured.barriers)
+    restore_inplace(gm)
+    gm.recompile()
+    return captured.rebuild(gm)
 
 
 def _has(gm: fx.GraphModule, path: str) -> bool:

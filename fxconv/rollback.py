@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fxconv.blame import bisect, reproduction
-from fxconv.capture import Captured, restore_inplace
+from fxconv.capture import Captured
 from fxconv.clusters import Cutter, Pair
 from fxconv.emit import Cluster, Emitted
 from fxconv.errors import VerificationError
 from fxconv.options import Options
-from fxconv.outcome import Outcome, Symbols, emit, parameters_of
+from fxconv.outcome import Outcome, Symbols, emit, hand_back, parameters_of
 from fxconv.rounding import check_rounding
 from fxconv.verify_cluster import Verdict, check_cluster
 from fxconv.verify_model import ModelVerdict, as_module, check_model
@@ -23,7 +23,8 @@ logger = logging.getLogger("fxconv")
 
 def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> None:
     """Check every rewrite; take back the ones that fail, and emit again without them, until all pass."""
-    for _ in range(len(outcome.emitted.clusters) + 1):
+    # What is taken back may leave a smaller rewrite in its place, so the bound is on values rather than on clusters.
+    for _ in range(len(outcome.state.originals) + 1):
         cutter = Cutter(outcome.state, outcome.captured.gm, outcome.emitted)
         failed: list[tuple[Cluster, Verdict, Pair]] = []
         verdicts: dict[str, Verdict] = {}
@@ -125,9 +126,7 @@ def find_guilty(
             else:
                 outcome.state.restore(value)
         outcome.emitted = emit(captured, outcome.state)
-        restore_inplace(outcome.emitted.gm)
-        outcome.emitted.gm.recompile()
-        results["result"] = captured.rebuild(outcome.emitted.gm)
+        results["result"] = hand_back(captured, outcome.emitted.gm)
         results["verdict"] = verify_model(model, results["result"], captured, options)
         return results["verdict"] is None or results["verdict"].status != "failed"
 

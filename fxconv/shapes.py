@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -20,21 +22,25 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from fxconv.errors import ArgsError
 
 
-def all_dynamic(value: Any, dims: str = "all") -> Any:
-    """``dynamic_shapes`` for one argument: ``Dim.AUTO`` on batch and spatial dims (or on dim 0 only, ``dims="batch"``).
+def all_dynamic(values: Any, dims: str = "all", free: Collection[int] = ()) -> Any:
+    """``dynamic_shapes`` for these arguments: ``Dim.AUTO`` on batch and spatial dims (or on dim 0 only, ``dims="batch"``).
 
     Dim 1 of an image or a volume is its channels, which weights fix; where only a concatenation reads them first,
-    export would find a dynamic number of channels and the concatenation's places would be unknown.
+    export would find a dynamic number of channels and the concatenation's places would be unknown. ``free`` are the
+    indices of the leaves with which the model runs at other numbers of channels.
     """
+    index = -1
 
     def spec(leaf: Any) -> Any:
+        nonlocal index
+        index += 1
         if not isinstance(leaf, torch.Tensor):
             return None
         count = leaf.dim() if dims == "all" else min(1, leaf.dim())
         wanted = [i for i in range(count) if dims == "all" or leaf.shape[i] > 1]
-        return {i: Dim.AUTO for i in wanted if not (i == 1 and leaf.dim() >= 4)} or None
+        return {i: Dim.AUTO for i in wanted if not (i == 1 and leaf.dim() >= 4 and index not in free)} or None
 
-    return pytree.tree_map(spec, value)
+    return pytree.tree_map(spec, values)
 
 
 def needs_doubling(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> bool:
@@ -121,6 +127,11 @@ def sizes(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape)
 
 
+def is_dynamic(size: Any) -> bool:
+    """Whether a size still depends on the input: a SymInt that has been solved does not."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def cloned(value: Any) -> Any:
     """A deep copy of the tensors in ``value``, so that a run cannot change the caller's inputs."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
@@ -143,19 +154,31 @@ class _Propagate(fx.Interpreter):
 
 
 def propagate(
-    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, dynamic: Any = "all"
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    dynamic: Any = "all",
+    free: Collection[int] = (),
+    static: Collection[tuple[int, int]] = (),
 ) -> FakeTensorMode:
     """Fill ``meta["val"]`` of every node, with SymInts for dynamic dims.
 
-    ``dynamic`` is "all", "batch", "none", or a ``dynamic_shapes`` structure as for ``torch.export``. Raises whatever
-    the graph raises on these inputs.
+    ``dynamic`` is "all" (but the channels of images, see ``all_dynamic``), "batch", "none", or a ``dynamic_shapes``
+    structure as for ``torch.export``. ``static`` are (placeholder index, dim) that stay fixed under "all" and "batch".
+    Raises whatever the graph raises on these inputs.
     """
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     flat = _bind(gm, args, kwargs or {})
     specs = _specs(gm, flat, dynamic)
-    fakes = [_fake(mode, value, spec) for value, spec in zip(flat, specs, strict=True)]
-    with mode, torch.no_grad():
+    if specs and isinstance(dynamic, str) and dynamic == "all":
+        specs = ["everything" if i in free else spec for i, spec in enumerate(specs)]
+    fakes = [
+        _fake(mode, value, spec, {d for index, d in static if index == i})
+        for i, (value, spec) in enumerate(zip(flat, specs, strict=True))
+    ]
+    # Without the Python dispatcher, composite operators (upsampling by a factor) ask for every size as an int.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         _Propagate(gm, mode).run(*fakes)
     return mode
 
@@ -183,19 +206,19 @@ def _specs(gm: fx.GraphModule, flat: list[Any], dynamic: Any) -> list[Any]:
     return given + [None] * (len(flat) - len(given))
 
 
-def _fake(mode: FakeTensorMode, value: Any, spec: Any) -> Any:
+def _fake(mode: FakeTensorMode, value: Any, spec: Any, static: Collection[int] = ()) -> Any:
     if not isinstance(value, torch.Tensor):
         return pytree.tree_map(lambda v: _fake(mode, v, spec) if isinstance(v, torch.Tensor) else v, value)
     dims: list[DimDynamic] = []
     for i, size in enumerate(value.shape):
-        if spec == "all":
-            dynamic = size > 1
+        if spec in ("all", "everything"):
+            dynamic = size > 1 and not (i == 1 and value.dim() >= 4 and spec == "all")
         elif spec == "batch":
             dynamic = i == 0 and size > 1
         else:
             chosen = spec.get(i) if isinstance(spec, dict) else spec[i] if isinstance(spec, (list, tuple)) else None
             dynamic = chosen is not None and not isinstance(chosen, int) and chosen is not Dim.STATIC
-        dims.append(DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC)
+        dims.append(DimDynamic.DYNAMIC if dynamic and i not in static else DimDynamic.STATIC)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dims)
     return mode.from_tensor(value.detach(), symbolic_context=context)
 
@@ -236,6 +259,23 @@ def _determined(equation: sympy.Eq, environment: ShapeEnv) -> set[Any]:
     return {s for s in values if not holds({s})}
 
 
+def fixed_by_ones(tensor: torch.Tensor) -> set[int]:
+    """The dims of an input that were fixed because some size computed from them is 1 in the example.
+
+    A size of 1 is another kind of size: ``squeeze`` drops it and it broadcasts, so torch asks ``h - 3 = 1`` and solves
+    it. A larger input may well run, and then that dim is 5 rather than 1.
+    """
+    raw = {size.node._expr: dim for dim, size in enumerate(sizes(tensor)) if isinstance(size, torch.SymInt)}
+    environment = getattr(getattr(tensor, "fake_mode", None), "shape_env", None)
+    found: set[int] = set()
+    for guard in environment.guards if environment is not None else ():
+        if isinstance(guard.expr, sympy.Eq) and 1 in (guard.expr.lhs, guard.expr.rhs):
+            for symbol in guard.expr.free_symbols & set(raw):
+                if environment.replacements.get(symbol, symbol).is_number:
+                    found.add(raw[symbol])
+    return found
+
+
 # ----------------------------------------------------------------- what the capture assumed about sizes
 
 
@@ -267,12 +307,13 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
             continue
         environment = getattr(getattr(value, "fake_mode", None), "shape_env", None) or environment
         for dim, size in enumerate(sizes(value)):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                places.setdefault(size.node.expr, (node.name, dim))
+            if is_dynamic(size):
+                if size.node.expr.is_symbol:
+                    places.setdefault(size.node.expr, (node.name, dim))
             else:
                 fixed.append((node, dim, int(size)))
                 if (node.name, dim) in static:
-                    checks.append(_exact(node, dim, int(size)))
+                    checks.append(exact(node, dim, int(size)))
     for guard in environment.guards if environment is not None else ():
         if not _asked_by_model(guard):
             continue
@@ -290,21 +331,28 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
     known = {(check.symbols[0][1], check.symbols[0][2]) for check in checks}
     for node, dim, number in fixed:
         if number in specialised and (node.name, dim) not in known:
-            checks.append(_exact(node, dim, number))
+            checks.append(exact(node, dim, number))
     return checks
 
 
-def _exact(node: fx.Node, dim: int, number: int) -> SizeCheck:
+def exact(node: fx.Node, dim: int, number: int) -> SizeCheck:
+    """That an input has the size that the graph was captured for."""
     symbol = sympy.Symbol(f"{node.name}_{dim}", integer=True)
     text = f"captured for size {number} in dim {dim} of {node.target}: transform again for other sizes"
     return SizeCheck(sympy.Eq(symbol, number), ((symbol, node.name, dim),), text)
+
+
+_QUESTION = re.compile(r"\b(if|elif|while|assert|and|or|not)\b|[<>=!]=|[<>]")
 
 
 def _asked_by_model(guard: Any) -> bool:
     place = getattr(guard.sloc, "framework_loc", None)
     file = place if isinstance(place, str) else getattr(place, "filename", "")
     inside = file.replace("\\", "/").rpartition("/torch/")[2] if "/torch/" in file.replace("\\", "/") else ""
-    return bool(file) and (not inside or inside.startswith("nn/"))
+    if not inside.startswith("nn/"):
+        return bool(file) and not inside
+    # `return F.linear(...)` asks nothing: it is the kernel that it calls which asked, about strides.
+    return bool(_QUESTION.search(getattr(place, "line", None) or "if"))
 
 
 def insert_checks(gm: fx.GraphModule, checks: list[SizeCheck]) -> None:

@@ -36,7 +36,8 @@ class Tracer(fx.Tracer):
     """``symbolic_trace`` with a leaf policy.
 
     Modules with hooks, parametrizations or computed weights stay whole, and so does every child whose forward cannot be
-    traced (control flow on values, ``len()`` of a proxy). ``barriers`` maps their qualified names to the reason.
+    traced (control flow on values, ``len()`` of a proxy). ``barriers`` maps their qualified names to the reason. A
+    convolution that pads by reflection or the like is traced into, as padding and convolution.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,8 @@ class Tracer(fx.Tracer):
         if reason is not None:
             self.barriers[module_qualified_name] = reason
             return True
+        if isinstance(m, nn.modules.conv._ConvNd) and m.padding_mode != "zeros":
+            return False  # the padding is no affine operator that we know, but the convolution behind it is one
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

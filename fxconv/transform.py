@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxconv.asks import asks_shape
-from fxconv.capture import Captured, capture, restore_inplace
+from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Value
@@ -20,13 +20,14 @@ from fxconv.law import Law
 from fxconv.lift import Lifter
 from fxconv.measure import Judge, example_sizes, whole
 from fxconv.options import Options
-from fxconv.outcome import Outcome, emit, module_path, parameters_of, symbol_ranges
+from fxconv.outcome import Outcome, emit, hand_back, module_path, parameters_of, symbol_ranges
 from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
 from fxconv.report import Report, attach, read
 from fxconv.rollback import find_guilty, verify_clusters, verify_model
 from fxconv.search import Search
 from fxconv.state import State
+from fxconv.structure import structural_copy
 from fxconv.summary import summarise
 from fxconv.verify_model import ModelVerdict, as_module
 from fxconv.weight_map import TRAINABLE_LAWS, record_weights, reversible
@@ -115,10 +116,9 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     """
     outcome = rewrite(captured, options, where)
     outcome.timings["capture"] = took
-    result_gm = outcome.emitted.gm
-    restore_inplace(result_gm)
-    result_gm.recompile()
-    result = captured.rebuild(result_gm)
+    result = hand_back(captured, outcome.emitted.gm)
+    if isinstance(model, fx.GraphModule) and _unchanged(captured.gm, outcome.emitted):
+        result = structural_copy(model)  # nothing to do is nothing done: in the dialect and the order that it came in
     clock = time.perf_counter()
     verdict = verify_model(model, result, captured, options)
     if isinstance(verdict, ModelVerdict) and verdict.status == "failed" and outcome.emitted.clusters:
@@ -138,6 +138,13 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     return result, record
 
 
+def _unchanged(before: fx.GraphModule, emitted: Emitted) -> bool:
+    def calls(gm: fx.GraphModule) -> int:
+        return sum(n.op.startswith("call_") for n in gm.graph.nodes)
+
+    return not emitted.clusters and calls(before) == calls(emitted.gm)
+
+
 def _undone(
     model: Any, captured: Captured, options: Options, outcome: Outcome
 ) -> tuple[Any, ModelVerdict | None]:
@@ -146,9 +153,7 @@ def _undone(
         outcome.state.restore(cluster.value)
     outcome.emitted = emit(captured, outcome.state)
     outcome.after = outcome.state.total
-    restore_inplace(outcome.emitted.gm)
-    outcome.emitted.gm.recompile()
-    result = captured.rebuild(outcome.emitted.gm)
+    result = hand_back(captured, outcome.emitted.gm)
     return result, verify_model(model, result, captured, options)
 
 
