@@ -133,8 +133,9 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         return
     branches = [t for t in x.node.terms if not isinstance(t.node, Const)]
     able = sum(_absorbs(t, context) for t in branches)
-    if not able or (not m.contracted and 2 * able < len(branches)):
-        # Nothing to gain: M would be computed once per branch, and still read the same tensors.
+    if len(branches) > 1 and (not able or (not m.contracted and 2 * able < len(branches))):
+        # Nothing to gain: M would be computed once per branch, and still read the same tensors. (With one branch the other
+        # terms are constants, which fold.)
         return
     deep = _push(m, between, x, context)
     if not isinstance(deep, str) and not isinstance(deep.node, Map):
