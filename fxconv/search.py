@@ -147,7 +147,7 @@ class Search:
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        if best is None or best[0] > start - self._least_gain(v, [s[2] for s in best[1]]):
+        if best is None or best[0] > start - self._least_gain(v, best[1]):
             self.untaken[v] = self._losses(v)
             return []
         self.untaken.pop(v, None)
@@ -163,12 +163,17 @@ class Search:
         logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
         return self._neighbourhood(touched)
 
-    def _least_gain(self, v: Value, laws: list[str]) -> float:
-        """What steps must gain; the same expression in another spelling, a tenth of what it costs."""
-        least = smallest_gain(self.state.objective)
-        if set(laws) == {"restate"}:
-            return max(least, 0.1 * score(self.state.prices[v], self.state.objective))
-        return least
+    def _least_gain(self, v: Value, steps: Sequence[Step]) -> float:
+        """What steps must gain; the same expression in another spelling of as many operators, a tenth of what it costs."""
+        state = self.state
+        least = smallest_gain(state.objective)
+        if any(law != "restate" for _, _, law in steps):
+            return least
+        mark, launches = state.mark(), state.total.launches
+        self._redefine(steps)
+        fewer = state.total.launches < launches  # constants that the model computes at every call are folded
+        state.undo(mark)
+        return least if fewer else max(least, 0.1 * score(state.prices[v], state.objective))
 
     def _losses(self, v: Value) -> dict[str, Missed]:
         """Per law, the best of the moves at v that were legal and did not pay, with what it would have cost."""
