@@ -9,7 +9,7 @@ outcome is kept. Repeated until nothing changes. Deterministic: values are visit
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fxconv.algebra import as_value, normal
@@ -231,6 +231,13 @@ class Search:
                 out[y] = None
         return list(out)
 
+    def _readers(self, x: Value) -> Iterator[Value]:
+        """The values that read x; who reads a view of x reads x."""
+        for u in self.state.users.get(x, ()):
+            yield u
+            if isinstance(u.node, View):
+                yield from self.state.users.get(u, ())
+
     def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
         """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
         found: list[list[Step]] = []
@@ -339,7 +346,7 @@ class Search:
                 self._redefine(steps)
                 nearby = [x for x, _, _ in steps]
                 nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
-                nearby += [u for x, _, _ in steps for u in state.users.get(x, ()) if u not in nearby]
+                nearby += [u for x, _, _ in steps for u in self._readers(x) if u not in nearby]
                 deeper = self._explore(nearby, depth - 1, start)
                 state.undo(mark)
                 if deeper is not None and (best is None or deeper[0] + margin < best[0] - 1e-9 * abs(best[0])):
