@@ -71,7 +71,7 @@ MOVES = (
         ((2, 64, 28, 36),),
         {"max_macs_ratio": 0.25, "before": ("avg_pool", "conv|linear")},
     ),
-    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1, 256), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
+    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1, 1024), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
     Row("pointwise_avgpool_3d", lambda: pointwise_avgpool(3), ((2, 64, 6, 8, 10),), {"max_macs_ratio": 0.125}, ONCE),
     Row(
         "transition",  # DenseNet's
