@@ -9,7 +9,7 @@ layout before they compute, and back after. Sizes that are dynamic are taken at 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -219,18 +219,22 @@ class CostModel:
     def count(self, shape: tuple[Size, ...]) -> float:
         return math.prod(self.number(s) for s in shape)
 
-    def price(self, step: Step) -> Price:
-        """The price of one step."""
+    def price(self, step: Step, readers: Callable[[Kernel], int] | None = None) -> Price:
+        """The price of one step; of a constant that has several readers, each pays its share."""
         if step.kind == "reshape" or step.attrs.get("free"):
             return Price()
         kind = self.kind(step)
         work, read, written, constants = self.amounts(step)
+        entries = [self.count(w.shape) for w in step.weights]
+        params = sum(entries)
+        if readers is not None and params:
+            shared = sum(n / readers(w) for n, w in zip(entries, step.weights, strict=True))
+            params, constants = shared, constants * shared / params
         seconds = self.profile.of(kind).seconds(work, read, written, constants)
         if kind == "permute":
             return Price(seconds, bytes=read + written)
         if kind in ("expand", "slice"):
             return Price(seconds, bytes=self.count(step.shape) * self.itemsize, launches=0)
-        params = sum(self.count(w.shape) for w in step.weights)
         macs = self.number(step.macs)
         return Price(seconds, macs, params, read + written + constants, 1)
 
