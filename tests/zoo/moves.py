@@ -256,13 +256,13 @@ LAYOUTS = (
             f"index{suffix}_channels",
             lambda index=index: permuted(index),  # type: ignore[misc]
             ((2, 12, 5, 7),),
-            {"sizes": False, "ops": {"conv": 1, **NO_VIEWS}},
+            {"ops": {"conv": 1, **NO_VIEWS}},
             ONCE,
         )
         for suffix, index in (("_select", "select"), ("", "index"))
     ),
     # 12*32*9 + 8*40*9 -> 12*8*9 + 8*40*9: 0.591
-    Row("unread_channels", sliced_convs, ((2, 12, 6, 8),), {"max_macs_ratio": 0.592, "ops": {"conv": 2, "slice": 0}}),
+    Row("unread_channels", sliced_convs, ((2, 12, 6, 8),), {"max_macs_ratio": 0.591, "ops": {"conv": 2, "slice": 0}}),
     Row("dead_taps_1", lambda: dead_taps(1, 3), ((2, 8, 6, 9),), {"max_macs_ratio": 0.112, "ops": {"conv+linear": 1}}),
     Row("dead_taps_2", lambda: dead_taps(2, 5), ((2, 8, 6, 9),), {"max_macs_ratio": 0.36, "ops": {"conv+linear": 1}}),
     Row(
