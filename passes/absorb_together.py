@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import compose, map_constant, view_constant
-from fxconv.expr import Const, Map, Sum, Value, View
+from fxconv.algebra import as_value, compose, map_constant, normal, view_constant
+from fxconv.expr import Const, Map, Sum, Value, View, view
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
 from fxconv.refs import make_sum
 
@@ -55,7 +55,8 @@ def _through(m: Map, between: View | None, y: Value) -> Value | None:
                 return None
             out.append(Value(image))
         else:
-            return None
+            seen = t if between is None else as_value(view(t, between.splits, between.groups))
+            out.append(normal(seen, m.roles, m.kernel))
     return make_sum(out)
 
 

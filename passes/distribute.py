@@ -138,12 +138,14 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
             yield Refusal(image)
             return
         images.append(image)
-    if constants:
-        # The constants alone can always go: M is computed as often as before, of fewer terms.
+    if constants and context.uses(x) <= 1:
+        # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
+        # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)
         yield make_sum([_plain(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
     able = sum(_absorbs(t, context) for t in branches)
-    if not able or (not m.contracted and 2 * able < len(branches)):
-        # Nothing to gain: M would be computed once per branch, and still read the same tensors.
+    if not able or (not m.contracted and (2 * able < len(branches) or context.uses(x) > 1)):
+        # Nothing to gain: M would be computed once per branch, and still read the same tensors; or next to a sum that is
+        # computed anyway.
         return
     deep = _push(m, between, x, context)
     if not isinstance(deep, str) and not isinstance(deep.node, Map):

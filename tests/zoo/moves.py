@@ -249,14 +249,14 @@ LAYOUTS = (
         ((2, 12, 5, 7),),
         {"ops": {"conv": 2, **NO_VIEWS}},
     ),
-    # An index takes more channels than there were, which the capture was specialised to: no other sizes.
+    # An index would take some of any larger number of channels; the convolution's weight fixes it to these.
     Row("flip_channels", lambda: permuted("flip"), ((2, 12, 5, 7),), {"ops": {"conv": 1, **NO_VIEWS}}, ONCE),
     *(
         Row(
             f"index{suffix}_channels",
             lambda index=index: permuted(index),  # type: ignore[misc]
             ((2, 12, 5, 7),),
-            {"ops": {"conv": 1, **NO_VIEWS}},
+            {"sizes": "spatial", "ops": {"conv": 1, **NO_VIEWS}},
             ONCE,
         )
         for suffix, index in (("_select", "select"), ("", "index"))
