@@ -13,6 +13,20 @@ from fxconv.axes import same, shape_of
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 
 
+_LIKE = ("reshape_as", "view_as", "expand_as")
+
+
+def _asks_of(user: fx.Node, n: fx.Node) -> bool:
+    """Whether a node asks n for its shape only: ``x.reshape_as(n)`` does too."""
+    return asks_shape(user) or _is_like(user) and user.args[1] is n and user.args[0] is not n
+
+
+def _is_like(node: fx.Node) -> bool:
+    """Whether a node gives its first operand the shape of its second one."""
+    name = str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else str(node.target)
+    return node.op in ("call_function", "call_method") and name in _LIKE and len(node.args) == 2
+
+
 def asks_shape(node: fx.Node) -> bool:
     """Whether a node reads a tensor's shape (or dtype, device) and none of its values."""
     if node.op == "call_method":
@@ -26,7 +40,7 @@ def redirect_asks(gm: fx.GraphModule) -> None:
     """Let nodes that only ask a tensor for a size ask another tensor with that size, where that one is computed anyway."""
     nodes = list(gm.graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
-    asked = [n for n in nodes if n.op.startswith("call_") and n.users and all(asks_shape(u) for u in n.users)]
+    asked = [n for n in nodes if n.op.startswith("call_") and n.users and all(_asks_of(u, n) for u in n.users)]
     if not asked:
         return
     idle = set(asked)
@@ -36,6 +50,9 @@ def redirect_asks(gm: fx.GraphModule) -> None:
         if not isinstance(n.meta.get("val"), torch.Tensor):
             continue
         for ask in list(n.users):
+            if _is_like(ask):
+                _redirect_like(n, ask, alive, position)
+                continue
             for question, dim in _questions(ask):
                 _redirect(n, question, dim, alive, position)
 
@@ -49,6 +66,18 @@ def _questions(ask: fx.Node) -> list[tuple[fx.Node, int | None]]:
         return [(ask, None)]
     parts = [(u, u.args[1]) for u in ask.users if u.target is operator.getitem and isinstance(u.args[1], int)]
     return parts if len(parts) == len(ask.users) else [(ask, None)]  # type: ignore[return-value]
+
+
+def _redirect_like(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx.Node, int]) -> None:
+    """Let ``x.reshape_as(n)`` take the shape of another tensor."""
+    wanted = shape_of(n.meta["val"])
+    for other in alive:
+        if position[other] >= position[ask]:
+            return
+        have = shape_of(other.meta["val"])
+        if len(have) == len(wanted) and all(same(a, b) for a, b in zip(have, wanted, strict=True)):
+            ask.args = (ask.args[0], other)
+            return
 
 
 def _redirect(

@@ -60,12 +60,16 @@ def _branch(m: Map, outer: View | None) -> Branch | None:
             return None
         fine = _permute_outs(fine, order)
     base = m.x
-    # The map's input slots (after the refinement above) split into the atoms of the base's view.
+    if isinstance(base.node, View) and any(len(s) != 1 for s in in_splits):
+        # The refinement above split slots of the base's view: they are slots of a finer view.
+        base = as_value(split_view(base, in_splits))
+        in_splits = tuple((s,) for s in base.sizes)
+        if base.rank != len(fine.in_sizes):
+            return None
+    # The map's input slots split into the atoms of the base's view.
     if isinstance(base.node, View):
         v = base.node
         atoms = v.atoms
-        if any(len(s) != 1 for s in in_splits):
-            return None
         again = refine(fine, tuple(tuple(atoms[a] for a in g) for g in v.groups), None)
         if isinstance(again, str):
             return None

@@ -9,7 +9,7 @@ layout before they compute, and back after. Sizes that are dynamic are taken at 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -114,7 +114,7 @@ CPU = Profile(
         "conv_1d": _rates(20, 46, 4.8, 0, 6.5),
         "depthwise": _rates(25, 41, 22, 16, 11),
         "grouped": _rates(25, 84, 1.3, 0, 3.5),
-        "conv_transpose": _rates(80, 43, 2.3, 2.3, 3.1),
+        "conv_transpose": _rates(25, 43, 2.3, 2.3, 3.1),
         "linear": _rates(3.2, 49, 42, 62, 25),
         "row": _rates(2.9, 0, 0, 0, 35),
         "avg_pool": _rates(1.5, 1.9, 72, 0.64),
@@ -134,8 +134,9 @@ CPU = Profile(
     block=8,
 )
 """Measured by `fxconv calibrate` on one thread of an AMD EPYC 7003 (Zen 3, AVX2, 2 cores), torch 2.14.1; but a launch
-of a oneDNN convolution, which takes 60 to 80 µs in eager torch, is entered as 20 to 25: ONNX Runtime and OpenVINO,
-which run what is exported, pay less, and a rewrite that pays only for its launches shall not lose there."""
+of a oneDNN convolution, which takes 60 to 80 µs in eager torch (transposed or not), is entered as 20 to 25: ONNX
+Runtime and OpenVINO, which run what is exported, pay less, and a rewrite that pays only for its launches shall not
+lose there."""
 
 
 @dataclass(frozen=True)
@@ -218,18 +219,22 @@ class CostModel:
     def count(self, shape: tuple[Size, ...]) -> float:
         return math.prod(self.number(s) for s in shape)
 
-    def price(self, step: Step) -> Price:
-        """The price of one step."""
+    def price(self, step: Step, readers: Callable[[Kernel], int] | None = None) -> Price:
+        """The price of one step; of a constant that has several readers, each pays its share."""
         if step.kind == "reshape" or step.attrs.get("free"):
             return Price()
         kind = self.kind(step)
         work, read, written, constants = self.amounts(step)
+        entries = [self.count(w.shape) for w in step.weights]
+        params = sum(entries)
+        if readers is not None and params:
+            shared = sum(n / readers(w) for n, w in zip(entries, step.weights, strict=True))
+            params, constants = shared, constants * shared / params
         seconds = self.profile.of(kind).seconds(work, read, written, constants)
         if kind == "permute":
             return Price(seconds, bytes=read + written)
         if kind in ("expand", "slice"):
             return Price(seconds, bytes=self.count(step.shape) * self.itemsize, launches=0)
-        params = sum(self.count(w.shape) for w in step.weights)
         macs = self.number(step.macs)
         return Price(seconds, macs, params, read + written + constants, 1)
 

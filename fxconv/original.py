@@ -46,7 +46,14 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
         else:
             kind, macs = "conv", product([*shape, int(weight.shape[1]) * taps])
         attrs = {"groups": op.attrs["groups"], "stride": tuple(op.attrs["stride"])}
-        return [Step(kind, in_shape, shape, constants, attrs, macs)]
+        conv = Step(kind, in_shape, shape, constants, attrs, macs)
+        uneven = [abs(hi - lo) for lo, hi in op.attrs["padding"]]
+        if not any(uneven):
+            return [conv]
+        # torch pads what is more on one side by itself (padding="same" with an even kernel).
+        lead = len(in_shape) - len(uneven)
+        padded = (*in_shape[:lead], *(s + more for s, more in zip(in_shape[lead:], uneven, strict=True)))
+        return [Step("pad", in_shape, padded), conv]
     if op.name in ("linear", "matmul", "addmm", "einsum"):
         if not constants:
             return [Step("matmul", in_shape, shape)]

@@ -9,7 +9,7 @@ outcome is kept. Repeated until nothing changes. Deterministic: values are visit
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fxconv.algebra import as_value, normal
@@ -150,7 +150,7 @@ class Search:
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        if best is None or best[0] > start - self._least_gain(v, [s[2] for s in best[1]]):
+        if best is None or best[0] > start - self._least_gain(v, best[1]):
             self.untaken[v] = self._losses(v)
             return []
         self.untaken.pop(v, None)
@@ -166,12 +166,17 @@ class Search:
         logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
         return self._neighbourhood(touched)
 
-    def _least_gain(self, v: Value, laws: list[str]) -> float:
-        """What steps must gain; the same expression in another spelling, a tenth of what it costs."""
-        least = smallest_gain(self.state.objective)
-        if set(laws) == {"restate"}:
-            return max(least, 0.1 * score(self.state.prices[v], self.state.objective))
-        return least
+    def _least_gain(self, v: Value, steps: Sequence[Step]) -> float:
+        """What steps must gain; the same expression in another spelling of as many operators, a tenth of what it costs."""
+        state = self.state
+        least = smallest_gain(state.objective)
+        if any(law != "restate" for _, _, law in steps):
+            return least
+        mark, launches = state.mark(), state.total.launches
+        self._redefine(steps)
+        fewer = state.total.launches < launches  # constants that the model computes at every call are folded
+        state.undo(mark)
+        return least if fewer else max(least, 0.1 * score(state.prices[v], state.objective))
 
     def _losses(self, v: Value) -> dict[str, Missed]:
         """Per law, the best of the moves at v that were legal and did not pay, with what it would have cost."""
@@ -228,6 +233,13 @@ class Search:
             for y in self.state.reads(x):
                 out[y] = None
         return list(out)
+
+    def _readers(self, x: Value) -> Iterator[Value]:
+        """The values that read x; who reads a view of x reads x."""
+        for u in self.state.users.get(x, ()):
+            yield u
+            if isinstance(u.node, View):
+                yield from self.state.users.get(u, ())
 
     def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
         """The steps that the laws propose at v; those of a list are taken together. Late laws, and going back to
@@ -338,7 +350,7 @@ class Search:
                 self._redefine(steps)
                 nearby = [x for x, _, _ in steps]
                 nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
-                nearby += [u for x, _, _ in steps for u in state.users.get(x, ()) if u not in nearby]
+                nearby += [u for x, _, _ in steps for u in self._readers(x) if u not in nearby]
                 deeper = self._explore(nearby, depth - 1, start)
                 state.undo(mark)
                 if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):

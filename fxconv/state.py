@@ -6,7 +6,8 @@ depends on them; nothing else is recomputed. Every change is logged, so that a t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 from fxconv.axes import as_size, shape_of
 from fxconv.cost import CostModel, Price, score
 from fxconv.expr import Apply, Const, Kept, Leaf, Map, New, Node, Sum, Value, View, is_selection, operands, walk
+from fxconv.kernel import Kernel
 from fxconv.lift import Lifter
 from fxconv.original import layout_copies, original_steps
 from fxconv.plan import Chain, Layout, Plan, Step, Target, gathered, plan_map, plan_view
@@ -63,6 +65,12 @@ class _MapPrice:
     sliced: tuple[Step, int] | None
 
 
+def _storage(w: Kernel) -> Hashable:
+    """What two readers of one stored tensor have in common."""
+    path: Hashable = w._facts.get("path")
+    return path if path is not None else w
+
+
 @dataclass
 class State:
     """Values of one graph under rewriting."""
@@ -94,13 +102,20 @@ class State:
         """Take over a lifted graph; ``roots`` are the values that barriers and outputs read."""
         lifted = self.lifter.lifted
         counted: set[fx.Node] = set()
+        steps_of: dict[fx.Node, list[Step]] = {}
+        readers: Counter[Hashable] = Counter()
+        for node in lifted.producers.values():
+            op = lifted.ops.get(node)
+            steps_of[node] = original_steps(self.lifter, node, op) if op is not None else []
+            readers.update({_storage(w) for step in steps_of[node] for w in step.weights})
         for value, node in lifted.producers.items():
             ref = lifted.refs[node]
             op = lifted.ops.get(node)
-            steps = original_steps(self.lifter, node, op) if op is not None else []
+            steps = steps_of[node]
             price = Price()
             for step in steps:
-                price = price + self.model.price(step)
+                # A weight that several operators share is stored once: a rewrite of one of them frees only its part.
+                price = price + self.model.price(step, lambda w: readers[_storage(w)])
             if op is not None and steps:
                 for step, sharing in layout_copies(self.lifter, op, self.model.number):
                     price = price + self.model.price(step).times(1 / sharing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxconv.axes import Size, is_static
@@ -96,7 +96,7 @@ def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> tuple[Value, Valu
 
 
 def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[Value], bool]) -> SumPlan:
-    """The tensors to add, all brought into the layout of the first one.
+    """The tensors to add, all brought into one layout.
 
     Args:
         node: the sum.
@@ -109,7 +109,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
     cats = concatenated(node)
     for _, group in cats:
         in_cat.update(group)
-    # The layout of the largest tensors wins: those of concatenations, then maps, then anything.
+    # A concatenation's layout wins; otherwise the one that the fewest terms must be permuted for.
     ranked = [t for t in node.terms if not isinstance(t.node, Const)]
     layout: Layout = tuple((i,) for i in range(len(sizes)))
     if cats:
@@ -117,7 +117,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
         assert isinstance(first, Map)
         layout = layout_of(first.x)
     elif ranked:
-        layout = layout_of(ranked[0])
+        layout = _agreed([layout_of(t) for t in ranked], sizes)
     parts: list[Part] = []
     for slot, group in cats:
         sources = [t.node.x for t in group if isinstance(t.node, Map)]
@@ -155,6 +155,13 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
         # A constant may have cut the layout after other parts were arranged for it.
         parts = [_rearranged(p, layout, sizes, layout_of) for p in parts]
     return SumPlan(tuple(parts), adds, layout)
+
+
+def _agreed(layouts: Sequence[Layout], sizes: tuple[Size, ...]) -> Layout:
+    """The layout in whose order most of the tensors are; of several such, one with the slots in their own order."""
+    orders = [tuple(s for g in layout for s in g if sizes[s] != 1) for layout in layouts]
+    best = max(orders, key=lambda order: (orders.count(order), order == tuple(sorted(order))))
+    return layouts[orders.index(best)]
 
 
 def _rearranged(p: Part, layout: Layout, sizes: tuple[Size, ...], layout_of: Callable[[Value], Layout]) -> Part:

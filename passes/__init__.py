@@ -11,6 +11,7 @@ if __name__ == "passes":
 from fxconv.law import Law
 from fxconv.passes import (
     absorb_constants,
+    absorb_together,
     absorb_views,
     commute,
     compose,
@@ -31,6 +32,7 @@ LAWS: tuple[Law, ...] = (
     flatten_sums.law,
     merge_branches.law,
     absorb_constants.law,
+    absorb_together.law,
     absorb_views.law,
     commute.law,
     homogeneity.law,

@@ -1,6 +1,6 @@
 """A map of a sum is the sum of the maps; a map of a constant is a constant.
 
-``M(x + y + c) ⇒ M x + M y + M(c)``; with concatenation as a sum of selections also ``M(cat(x, y)) ⇒ M_x x + M_y y``, where
+``M(x + y + c) ⇒ M x + M y + M(c)``, or only ``M(x + y) + M(c)``; with concatenation as a sum of selections also ``M(cat(x, y)) ⇒ M_x x + M_y y``, where
 the selections are absorbed as column blocks of the kernel.
 
 Always exact. Where M reads zero padding, ``M(c)`` varies at the border; where that border has a dynamic size there is no
@@ -34,10 +34,8 @@ def _plain(m: Map, between: View | None, t: Value) -> Value:
     return normal(x if isinstance(x, Value) else Value(x), m.roles, m.kernel)
 
 
-def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value | str:
-    """The map (after a view) of one term."""
-    if isinstance(t.node, Const):
-        return _of_constant(m, between, t)
+def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
+    """The map (after a view) of one term that is no constant."""
     if isinstance(t.node, Map) and (absorb or is_selection(t.node)):
         composed = compose(m, t.node, between)
         if not isinstance(composed, str):
@@ -132,22 +130,29 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     if not isinstance(x.node, Sum):
         return
     branches = [t for t in x.node.terms if not isinstance(t.node, Const)]
+    constants = [t for t in x.node.terms if isinstance(t.node, Const)]
+    images: list[Value] = []
+    for t in constants:
+        image = _of_constant(m, between, t)
+        if isinstance(image, str):
+            yield Refusal(image)
+            return
+        images.append(image)
+    if constants and context.uses(x) <= 1:
+        # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
+        # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)
+        yield make_sum([_plain(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
     able = sum(_absorbs(t, context) for t in branches)
-    if not able or (not m.contracted and 2 * able < len(branches)):
-        # Nothing to gain: M would be computed once per branch, and still read the same tensors.
+    if not able or (not m.contracted and (2 * able < len(branches) or context.uses(x) > 1)):
+        # Nothing to gain: M would be computed once per branch, and still read the same tensors; or next to a sum that is
+        # computed anyway.
         return
     deep = _push(m, between, x, context)
     if not isinstance(deep, str) and not isinstance(deep.node, Map):
         yield deep
     for absorb in (True, False):
-        terms: list[Value] = []
-        for t in x.node.terms:
-            mapped = _term(m, between, t, absorb)
-            if isinstance(mapped, str):
-                yield Refusal(mapped)
-                return
-            terms.append(mapped)
-        yield make_sum(terms)
+        mapped = [_term(m, between, t, absorb) for t in branches]
+        yield make_sum([*mapped, *images])
 
 
 law = Law("distribute", _distribute)

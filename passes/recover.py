@@ -393,7 +393,7 @@ def _two_windows(
         right = right.reshape(rank, tb, -1).movedim(0, 1)
         inner = normal(m.x, first, _numbers(right, shape, exact))
     else:
-        inner = normal(m.x, first, _in_role_order(first, m, right, shape, exact))
+        inner = normal(m.x, first, _in_role_order(first, m.x, right, shape, exact))
     second: list[Role] = []
     for o, r in enumerate(m.roles):
         if isinstance(r, New):
@@ -407,7 +407,7 @@ def _two_windows(
             second.append(Kept(place[o]))
     shape = kernel_shape(tuple(second), inner.sizes)
     if rank is None:
-        return normal(inner, second, _in_role_order(second, m, left, shape, exact))
+        return normal(inner, second, _in_role_order(second, inner, left, shape, exact))
     news = [int(r.size) for r in second if isinstance(r, New)]
     values = left.reshape(*news, int(m.roles[a].filter.taps), rank)  # type: ignore[union-attr]
     # [news…, taps a, rank] → kernel axes in the order of the roles.
@@ -417,9 +417,9 @@ def _two_windows(
     return normal(inner, second, _numbers(values.permute([*order, len(order)]), shape, exact))
 
 
-def _in_role_order(roles: list[Role], m: Map, values: torch.Tensor, shape: Sequence[Size], exact: bool) -> Kernel:
-    """``[groups, taps]`` as a kernel whose axes follow the roles."""
-    groups = [int(m.x.sizes[r.src]) for r in roles if isinstance(r, Shared)]
+def _in_role_order(roles: list[Role], x: Value, values: torch.Tensor, shape: Sequence[Size], exact: bool) -> Kernel:
+    """``[groups, taps]`` as a kernel whose axes follow the roles on x."""
+    groups = [int(x.sizes[r.src]) for r in roles if isinstance(r, Shared)]
     values = values.reshape(*groups, -1)
     kinds = [isinstance(r, Window) for r in roles if isinstance(r, (Shared, Window))]
     count = iter(range(len(groups)))

@@ -220,9 +220,10 @@ def n_params(model: nn.Module) -> int:
 
 
 def remarks(result: Any) -> list[str]:
-    """Everything a report says: reasons of missed rewrites, advice, barriers, warnings."""
+    """Everything a report says: reasons of missed and rolled-back rewrites, advice, barriers, warnings."""
     report = fxconv.report(result)
     lines = [f"{remark.law}: {remark.reason} at {remark.where}" for remark in (*report.missed, *report.advice)]
+    lines += [f"rolled back: {rewrite.verdict.get('reason')} at {rewrite.where}" for rewrite in report.rolled_back]
     lines += [str(barrier) for barrier in report.barriers]
     return lines + [str(warning) for warning in report.warnings]
 
@@ -306,7 +307,7 @@ def check(
     before: tuple[str, str] | None = None,
     tol: float = 1e-12,
     batches: Sequence[int] = (1, 3),
-    sizes: bool = True,
+    sizes: bool | str = True,
     refused: str | None = None,
     laws: str | None = None,
     prepare: bool = True,
@@ -318,7 +319,7 @@ def check(
     - the original is unchanged, and the tensors that the result kept are the original's own;
     - the result is verified, nothing was rolled back (a rollback hides a wrong law), and it agrees to `tol`
       (relative) on `args`, on new values at each of `batches`, and with `sizes` at other
-      sizes, wherever the original itself accepts them;
+      sizes, wherever the original itself accepts them ("spatial": of all dims but the channels);
     - multiply-adds: never above the original's (unless `more_macs`), at most `max_macs_ratio` of them;
     - `ops`: exact counts of kinds of nodes (see graphs.kinds; "conv+linear" is a sum); `at_most`: upper bounds;
       `max_launches`: on all;
@@ -341,7 +342,7 @@ def check(
     trials = [("the example", (args, kwargs))]
     trials += [(f"batch {batch}", with_batch((args, kwargs), batch)) for batch in batches]
     if sizes:
-        trials += [("other sizes", other) for other in other_sizes((args, kwargs))]
+        trials += [("other sizes", other) for other in other_sizes((args, kwargs)) if sizes != "spatial" or _channels_stay(args, other)]
     for what, (trial, named) in trials:
         try:
             want = run(model, trial, named)
@@ -367,6 +368,10 @@ def check(
         chains = [" ".join(rewrite.laws) for rewrite in report.applied]
         assert any(re.search(laws, chain, re.IGNORECASE) for chain in chains), f"no rewrite matches {laws!r}: {chains}"
     return outcome
+
+
+def _channels_stay(args: Args, other: Any) -> bool:
+    return all(a.shape[1] == b.shape[1] for a, b in zip(tensors_of(args), tensors_of(other[0]), strict=True))
 
 
 def _double(leaf: Any) -> Any:

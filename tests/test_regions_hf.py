@@ -51,8 +51,8 @@ def test_llama_block_norm_weights_go_into_the_projections() -> None:
 
 def test_llama_block_siblings_merge_where_launches_count() -> None:
     """Q, K, V as one Linear; gate and up as one; then o and down."""
-    # slack: a launch less for 56 multiply-adds of the rotary table
-    from_embeddings(objective="launches", ops={"linear": 4}, more_macs=True)
+    # A launch less for 56 multiply-adds of the rotary table, of 113,792.
+    from_embeddings(objective="launches", ops={"linear": 4}, more_macs=True, max_macs_ratio=1.0005)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])

@@ -83,7 +83,9 @@ def test_timm_reparameterisation(name: str) -> None:
     if not report.verified or report.rolled_back:
         found.append(f"verification {report.verification}, rolled back {[r.name for r in report.rolled_back]}")
     left = kinds(result)
-    if left["conv"] + left["conv_transpose"] > conv or left["linear"] > linear:
+    # A 1x1 convolution on a map of a few pixels is written as a Linear where that is faster: those count together.
+    convs = left["conv"] + left["conv_transpose"]
+    if convs > conv or convs + left["linear"] > conv + linear:
         found.append(f"{left['conv']} convolutions and {left['linear']} Linears, by hand {conv} and {linear}")
     if left["batch_norm"]:
         found.append(f"{left['batch_norm']} BatchNorms left")

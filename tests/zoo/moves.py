@@ -71,7 +71,7 @@ MOVES = (
         ((2, 64, 28, 36),),
         {"max_macs_ratio": 0.25, "before": ("avg_pool", "conv|linear")},
     ),
-    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1, 256), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
+    Row("pointwise_avgpool_1d", lambda: pointwise_avgpool(1, 1024), ((2, 64, 512),), {"max_macs_ratio": 0.5}, ONCE),
     Row("pointwise_avgpool_3d", lambda: pointwise_avgpool(3), ((2, 64, 6, 8, 10),), {"max_macs_ratio": 0.125}, ONCE),
     Row(
         "transition",  # DenseNet's
@@ -249,20 +249,20 @@ LAYOUTS = (
         ((2, 12, 5, 7),),
         {"ops": {"conv": 2, **NO_VIEWS}},
     ),
-    # An index takes more channels than there were, which the capture was specialised to: no other sizes.
+    # An index would take some of any larger number of channels; the convolution's weight fixes it to these.
     Row("flip_channels", lambda: permuted("flip"), ((2, 12, 5, 7),), {"ops": {"conv": 1, **NO_VIEWS}}, ONCE),
     *(
         Row(
             f"index{suffix}_channels",
             lambda index=index: permuted(index),  # type: ignore[misc]
             ((2, 12, 5, 7),),
-            {"sizes": False, "ops": {"conv": 1, **NO_VIEWS}},
+            {"sizes": "spatial", "ops": {"conv": 1, **NO_VIEWS}},
             ONCE,
         )
         for suffix, index in (("_select", "select"), ("", "index"))
     ),
     # 12*32*9 + 8*40*9 -> 12*8*9 + 8*40*9: 0.591
-    Row("unread_channels", sliced_convs, ((2, 12, 6, 8),), {"max_macs_ratio": 0.592, "ops": {"conv": 2, "slice": 0}}),
+    Row("unread_channels", sliced_convs, ((2, 12, 6, 8),), {"max_macs_ratio": 0.591, "ops": {"conv": 2, "slice": 0}}),
     Row("dead_taps_1", lambda: dead_taps(1, 3), ((2, 8, 6, 9),), {"max_macs_ratio": 0.112, "ops": {"conv+linear": 1}}),
     Row("dead_taps_2", lambda: dead_taps(2, 5), ((2, 8, 6, 9),), {"max_macs_ratio": 0.36, "ops": {"conv+linear": 1}}),
     Row(

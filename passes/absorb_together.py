@@ -1,0 +1,105 @@
+"""A map that several others read is taken in by all of them at once.
+
+``y = S x + c, v₁ = M₁ y, v₂ = M₂ y ⇒ v₁ = (M₁S) x + M₁c, v₂ = (M₂S) x + M₂c``: an RMSNorm's weight into Q, K and V, a BatchNorm
+into every convolution that reads it.
+
+Exact where each composition is (see `compose`, `distribute`). Saves y, but only once its last reader has taken it in: one by
+one the steps gain nothing, so all are taken in one. Refused silently where some reader cannot: then y is computed anyway, and
+each of the others may still take it in by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxconv.algebra import as_value, compose, map_constant, normal, view_constant
+from fxconv.expr import Const, Map, Sum, Value, View, view
+from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
+from fxconv.refs import make_sum
+
+MOST = 16
+"""Readers that are looked at; more of them are no projections of one norm."""
+
+
+def _readers(v: Value, context: Context) -> list[Value] | None:
+    """What reads a value, itself or through a view; None where it is read by something unknown, or too often."""
+    found: dict[Value, None] = {}
+    stack = [v]
+    while stack:
+        x = stack.pop()
+        users = context.users(x)
+        if not users or context.uses(x) != len(users) or len(found) > MOST:
+            return None
+        for u in users:
+            if isinstance(u.node, View):
+                stack.append(u)
+            else:
+                found[u] = None
+    return list(found)
+
+
+def _through(m: Map, between: View | None, y: Value) -> Value | None:
+    """A map of y as a map of what y reads, or None."""
+    terms = y.node.terms if isinstance(y.node, Sum) else (y,)
+    out: list[Value] = []
+    for t in terms:
+        if isinstance(t.node, Map):
+            composed = compose(m, t.node, between)
+            if isinstance(composed, str):
+                return None
+            out.append(composed)
+        elif isinstance(t.node, Const):
+            c = t.node if between is None else view_constant(View(t, between.splits, between.groups), t.node)
+            image = map_constant(m, c)
+            if isinstance(image, str):
+                return None
+            out.append(Value(image))
+        else:
+            seen = t if between is None else as_value(view(t, between.splits, between.groups))
+            out.append(normal(seen, m.roles, m.kernel))
+    return make_sum(out)
+
+
+def _taken_in(u: Value, y: Value) -> Value | None:
+    """A reader of y that reads what y reads instead, or None."""
+    if isinstance(u.node, Map):
+        found = mapped_operand(u)
+        return _through(found[0], found[1], y) if found is not None and found[2] is y else None
+    if not isinstance(u.node, Sum):
+        return None
+    terms: list[Value] = []
+    for t in u.node.terms:
+        found = mapped_operand(t)
+        if found is not None and found[2] is y:
+            new = _through(found[0], found[1], y)
+            if new is None:
+                return None
+            terms += new.node.terms if isinstance(new.node, Sum) else (new,)
+        elif t is y or isinstance(t.node, View) and t.node.x is y:
+            return None
+        else:
+            terms.append(t)
+    return make_sum(terms)
+
+
+def _absorb(v: Value, context: Context) -> Iterator[Outcome]:
+    if isinstance(v.node, Sum):
+        if sum(not isinstance(t.node, Const) for t in v.node.terms) != 1:
+            return
+    elif not isinstance(v.node, Map):
+        return
+    if context.uses(v) < 2:
+        return
+    readers = _readers(v, context)
+    if readers is None or len(readers) < 2:
+        return
+    pairs: list[tuple[Value, Value]] = []
+    for u in readers:
+        new = _taken_in(u, v)
+        if new is None:
+            return
+        pairs.append((u, new))
+    yield Joint(tuple(pairs))
+
+
+law = Law("absorb together", _absorb)
