@@ -14,6 +14,7 @@ from torch import fx
 from fxconv.asks import asks_shape
 from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
+from fxconv.emit import Emitted
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Value
 from fxconv.law import Law
