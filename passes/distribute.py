@@ -1,6 +1,7 @@
 """A map of a sum is the sum of the maps; a map of a constant is a constant.
 
-``M(x + y + c) ⇒ M x + M y + M(c)``, or only ``M(x + y) + M(c)``; with concatenation as a sum of selections also ``M(cat(x, y)) ⇒ M_x x + M_y y``, where
+``M(x + y + c) ⇒ M x + M y + M(c)``, or only ``M(x + y) + M(c)``; with concatenation as a sum of selections also
+``M(cat(x, y)) ⇒ M_x x + M_y y``, where
 the selections are absorbed as column blocks of the kernel.
 
 Always exact. Where M reads zero padding, ``M(c)`` varies at the border; where that border has a dynamic size there is no

@@ -342,7 +342,8 @@ def check(
     trials = [("the example", (args, kwargs))]
     trials += [(f"batch {batch}", with_batch((args, kwargs), batch)) for batch in batches]
     if sizes:
-        trials += [("other sizes", other) for other in other_sizes((args, kwargs)) if sizes != "spatial" or _channels_stay(args, other)]
+        others = [o for o in other_sizes((args, kwargs)) if sizes != "spatial" or _channels_stay(args, o)]
+        trials += [("other sizes", other) for other in others]
     for what, (trial, named) in trials:
         try:
             want = run(model, trial, named)
