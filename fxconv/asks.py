@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxconv.axes import same, shape_of
+from fxconv.axes import is_static, same, shape_of
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 
@@ -73,11 +74,39 @@ def _redirect_like(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dic
     wanted = shape_of(n.meta["val"])
     for other in alive:
         if position[other] >= position[ask]:
-            return
+            break
         have = shape_of(other.meta["val"])
         if len(have) == len(wanted) and all(same(a, b) for a, b in zip(have, wanted, strict=True)):
             ask.args = (ask.args[0], other)
             return
+    if "expand" not in str(ask.target):
+        _spell_out(n, ask, alive, position)
+
+
+def _spell_out(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx.Node, int]) -> None:
+    """Write ``x.reshape_as(n)`` as a reshape to sizes that other tensors have, one of them left open."""
+    shape: list[Any] = [size if is_static(size) else None for size in shape_of(n.meta["val"])]
+    earlier = [other for other in alive if position[other] < position[ask]]
+    found: list[tuple[int, fx.Node, int]] = []
+    for d, size in enumerate(shape_of(n.meta["val"])):
+        if shape[d] is None and shape.count(None) > 1 + len(found):
+            place = next(((o, k) for o in earlier for k, s in enumerate(shape_of(o.meta["val"])) if same(s, size)), None)
+            if place is None:
+                return
+            found.append((d, *place))
+    graph, call = ask.graph, ask.op == "call_method"
+    with graph.inserting_before(ask):
+        for d, other, k in found:
+            size = graph.call_method("size", (other, k)) if call else graph.call_function(torch.ops.aten.sym_size.int, (other, k))
+            size.meta["val"] = n.meta["val"].shape[d]
+            shape[d] = size
+        shape = [-1 if size is None else size for size in shape]
+        args = (ask.args[0], shape)
+        new = graph.call_method("reshape", args) if call else graph.call_function(torch.ops.aten.reshape.default, args)
+    new.meta = dict(ask.meta)
+    position[new] = position[ask]
+    ask.replace_all_uses_with(new)
+    graph.erase_node(ask)
 
 
 def _redirect(

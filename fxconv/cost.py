@@ -250,6 +250,9 @@ class CostModel:
         elif kind == "cat":
             read = written
         constants = sum(self.count(w.shape) for w in step.weights) * self.itemsize
+        if step.kind in ("add_const", "scale") and 2 * constants > written:
+            # Not broadcast along the tensor but read side by side with it.
+            read, constants = read + constants, 0.0
         if kind == "conv_1x1" and len(step.in_shape) == len(step.weights[0].shape):
             constants *= self.number(step.in_shape[0])  # image by image
         return self._work(step, kind, self.number(step.macs)), read, written, constants

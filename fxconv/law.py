@@ -30,11 +30,14 @@ class Context:
         uses: how many users a value has at present.
         users: the values that read a value at present.
         count: the number of elements of a tensor of given sizes, dynamic ones taken at the example's values.
+        folds: whether the original computes a constant of a value from parameters at every call (a mask, a table of
+            relative positions), which writing the value anew would store.
     """
 
     uses: Callable[[Value], int]
     users: Callable[[Value], list[Value]]
     count: Callable[[tuple[Size, ...]], float]
+    folds: Callable[[Value], bool] = lambda v: False
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,10 @@ class Search:
     _noise: float = 0.0
 
     def __post_init__(self) -> None:
-        self.context = Context(lambda v: self.state.uses.get(v, 0), self.state.users_of, self.state.model.count)
+        state = self.state
+        self.context = Context(
+            lambda v: state.uses.get(v, 0), state.users_of, state.model.count, lambda v: v in state.folding and state.unchanged(v)
+        )
 
     def run(self) -> None:
         """Rewrite until no value has a step that pays."""

@@ -92,6 +92,7 @@ class State:
     levels: dict[Value, int] = field(default_factory=dict)
     total: Price = field(default_factory=Price)
     ordered: bool = True
+    folding: set[Value] = field(default_factory=set)
     _log: list[_Change] = field(default_factory=list)
     _map_prices: dict[object, _MapPrice | None] = field(default_factory=dict)
     _sum_prices: dict[object, tuple[Price, Layout]] = field(default_factory=dict)
@@ -123,7 +124,10 @@ class State:
             for operand in op.inputs if op is not None else ():
                 if isinstance(operand, fx.Node):
                     # Weights computed in the graph are computed anew at every call.
-                    price = price + self._constant_price(operand, counted)
+                    computing = self._constant_price(operand, counted)
+                    price = price + computing
+                    if computing.launches:
+                        self.folding.add(value)
                 if isinstance(operand, fx.Node) and (found := lifted.refs.get(operand)) is not None:
                     reads.append(found.value)
             allowed = all(self._allowed(step) for step in steps)

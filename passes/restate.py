@@ -2,7 +2,8 @@
 
 ``Linear ⇔ convolution``, a full-kernel convolution as a Linear, a product with a constant as a bias: layout is no
 operation, so the operator that an expression becomes is a choice of emission. This law proposes the expression itself; the
-search takes it where writing it anew is cheaper than the original node, or the only form that the target allows.
+search takes it where writing it anew is cheaper than the original node, or the only form that the target allows. A constant
+that the model computes from parameters at every call is stored then.
 
 Always exact: nothing changes but the operator.
 """
@@ -25,7 +26,7 @@ def _computes(v: Value) -> bool:
 
 
 def _restate(v: Value, context: Context) -> Iterator[Outcome]:
-    if isinstance(v.node, (Map, Sum)) and _computes(v):
+    if isinstance(v.node, (Map, Sum)) and (_computes(v) or context.folds(v)):
         yield v
 
 
