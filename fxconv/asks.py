@@ -105,6 +105,8 @@ def _spell_out(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx
         new = graph.call_method("reshape", args) if call else graph.call_function(torch.ops.aten.reshape.default, args)
     new.meta = dict(ask.meta)
     position[new] = position[ask]
+    if ask in alive:
+        alive[alive.index(ask)] = new
     ask.replace_all_uses_with(new)
     graph.erase_node(ask)
 
