@@ -252,7 +252,7 @@ class Writer:
         while x.target in (aten.permute.default, torch.permute) and "fxconv_new" in x.meta:
             source, inner = x.args
             assert isinstance(source, fx.Node) and isinstance(inner, (list, tuple))
-            x, dims = source, [inner[d] for d in dims]  # type: ignore[misc]
+            x, dims = source, [inner[d] for d in dims]
         if dims == sorted(dims):
             return x
         return self.call(aten.permute.default, x, dims, module_target=torch.permute)
