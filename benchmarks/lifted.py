@@ -107,8 +107,8 @@ def _reason(text: str) -> str:
 def recording(rewrite: Any, tally: Tally) -> Any:
     """``fxconv.transform.rewrite``, counting what it lifted."""
 
-    def wrapper(captured: Any, options: Any) -> Any:
-        outcome = rewrite(captured, options)
+    def wrapper(captured: Any, *rest: Any, **named: Any) -> Any:
+        outcome = rewrite(captured, *rest, **named)
         tally.graph(captured.gm, outcome.state.lifter)
         return outcome
 
