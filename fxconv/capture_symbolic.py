@@ -192,7 +192,7 @@ def propagate_shapes(
         images = shapes.image_dims(wide)
         leaves = pytree.tree_leaves(wide)
         small = dynamic == "all" and images and all(leaves[i].numel() <= 2**20 for i, _ in images)
-        if small and run.runs(shapes.enlarged(*wide, images, 4), dynamic) and run.frees(images):
+        if small and run.runs(shapes.enlarged(wide[0], wide[1], images, 4), dynamic) and run.frees(images):
             return [], dynamic, frozenset()
         if run.runs(wide, dynamic, pinned) and not run.pinned:
             return [], dynamic, pinned

@@ -268,7 +268,9 @@ def fixed_by_ones(tensor: torch.Tensor) -> set[int]:
     raw = {size.node._expr: dim for dim, size in enumerate(sizes(tensor)) if isinstance(size, torch.SymInt)}
     environment = getattr(getattr(tensor, "fake_mode", None), "shape_env", None)
     found: set[int] = set()
-    for guard in environment.guards if environment is not None else ():
+    if environment is None:
+        return found
+    for guard in environment.guards:
         if isinstance(guard.expr, sympy.Eq) and 1 in (guard.expr.lhs, guard.expr.rhs):
             for symbol in guard.expr.free_symbols & set(raw):
                 if environment.replacements.get(symbol, symbol).is_number:

@@ -74,7 +74,7 @@ class _Sink:
         if dim is None:
             return list(range(rank))
         items = dim if isinstance(dim, (list, tuple)) else (dim,)
-        return [int(d) % rank for d in items]  # type: ignore[arg-type]
+        return [int(d) % rank for d in items]
 
     def run(self) -> bool:
         """Whether the graph was changed."""
