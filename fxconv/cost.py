@@ -52,6 +52,10 @@ SMALL_CONV = 20480
 """A single image of at most this many entries is convolved by torch itself (`use_mkldnn` in ATen's Convolution.cpp)."""
 
 
+NARROW = 32
+"""Multiply-adds that loading and storing an entry of a matrix product comes to: with 32 columns it runs at half speed."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """Speeds of one kind of kernel.
@@ -289,6 +293,8 @@ class CostModel:
 
     def _work(self, step: Step, kind: str, macs: float) -> float:
         """Multiply-adds with those that fill up blocks of channels."""
+        if kind in ("conv_1x1", "linear"):
+            return macs + NARROW * self.count(step.shape)
         if kind == "avg_pool":
             return self.count(step.shape) * math.prod(step.attrs.get("kernel", ()))
         if kind not in ("conv", "conv_1d", "grouped", "conv_transpose"):

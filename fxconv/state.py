@@ -15,7 +15,23 @@ from torch import fx
 
 from fxconv.axes import as_size, shape_of
 from fxconv.cost import CostModel, Price, score
-from fxconv.expr import Apply, Const, Kept, Leaf, Map, New, Node, Sum, Value, View, is_selection, operands, walk
+from fxconv.expr import (
+    Apply,
+    Const,
+    Kept,
+    Leaf,
+    Map,
+    New,
+    Node,
+    Resample,
+    Sum,
+    Value,
+    View,
+    has_resample,
+    is_selection,
+    operands,
+    walk,
+)
 from fxconv.kernel import Kernel
 from fxconv.lift import Lifter
 from fxconv.original import layout_copies, original_steps
@@ -263,10 +279,16 @@ class State:
             if len(users) != 1 or not self.alone(seen):
                 return None
             (seen,) = users
-            if self.unchanged(seen) or not isinstance(seen.node, (View, Sum)):
+            if self.unchanged(seen):
                 return None
-            if isinstance(seen.node, View):
+            if isinstance(seen.node, Map) and has_resample(seen.node):
+                # Interpolation wants what it slides along last.
+                moving = {r.src: r for r in seen.node.roles if isinstance(r, Resample)}
+                order = sorted(range(seen.node.x.rank), key=lambda s: (s in moving, s))
+            elif isinstance(seen.node, View):
                 views.append(seen.node)
+            elif not isinstance(seen.node, Sum):
+                return None
             else:
                 others = [t for t in seen.node.terms if isinstance(t.node, (Map, Apply)) and not _flexible(t)]
                 order = [s for g in self.layout(others[0]) for s in g] if others else []

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import compose, map_constant, meet, normal, view_constant
-from fxconv.expr import Const, Map, Sum, Value, View, is_selection, view
+from fxconv.expr import Const, Map, Sum, Value, View, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
@@ -36,7 +36,7 @@ def _plain(m: Map, between: View | None, t: Value) -> Value:
 
 def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
     """The map (after a view) of one term that is no constant."""
-    if isinstance(t.node, Map) and (absorb or is_selection(t.node)):
+    if isinstance(t.node, Map) and (absorb or is_selection(t.node)) and has_resample(m) == has_resample(t.node):
         composed = compose(m, t.node, between)
         if not isinstance(composed, str):
             return composed
@@ -58,7 +58,8 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
             parts.append(part)
         return make_sum(parts)
     if isinstance(t.node, Map):
-        composed = compose(m, t.node, between)
+        # Resampling keeps its own operator: nothing is multiplied into it.
+        composed = compose(m, t.node, between) if has_resample(m) == has_resample(t.node) else ""
         if not isinstance(composed, str):
             return _further(composed, context, depth)
         if context.count(t.sizes) > context.count(t.node.x.sizes):
