@@ -74,7 +74,7 @@ def _with_args(
 ) -> Captured:
     expected = expected_output(model, args, kwargs)
     hooked = hooked_modules(model)
-    free = _free_channels(model, args, kwargs) if dynamic_shapes is None else frozenset()
+    taken, free = _free_channels(model, args, kwargs) if dynamic_shapes is None else (frozenset[int](), frozenset[int]())
     export: list[_Attempt] = [
         ("export", lambda plan=plan: export_module(model, args, kwargs, plan))  # type: ignore[misc]
         for plan in plans(args, kwargs, dynamic_shapes, free)
@@ -111,7 +111,7 @@ def _with_args(
             continue
         captured.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
         _check_batch_of_one(model, captured)
-        _check_channels(captured, free)
+        _check_channels(captured, taken)
         return captured
     if fallback is not None:
         fallback.notes[:0] = [f"capture attempt failed: {reason}" for reason in dict.fromkeys(failures)]
@@ -169,26 +169,34 @@ def _check_batch_of_one(model: nn.Module, captured: Captured) -> None:
         captured.notes.append(f"the batch must be 2 or more: at 1 the model does something else ({problem})")
 
 
-def _free_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
-    """The leaves, among images and volumes, that the model takes with other numbers of channels (no weights fix them)."""
+def _free_channels(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """The leaves, among images and volumes, that the model takes with some other number of channels, and with any.
+
+    The second are those whose channels neither weights nor indices fix.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    found: set[int] = set()
+    some: set[int] = set()
+    every: set[int] = set()
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) or leaf.dim() < 4 or leaf.shape[1] == 0:
             continue
-        for other in (torch.cat([leaf, leaf], 1), torch.cat([leaf, leaf[:, :1]], 1), leaf[:, :1]):
-            changed = pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], spec)
-            if other.shape[1] != leaf.shape[1] and _runs(model, *changed):
-                found.add(i)
-                break
-    return frozenset(found)
+        others = [torch.cat([leaf, leaf], 1), torch.cat([leaf, leaf[:, :1]], 1)]
+        others += [leaf[:, :1]] if leaf.shape[1] > 1 else []
+        runs = [_runs(model, *pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], spec)) for other in others]
+        if any(runs):
+            some.add(i)
+        if all(runs):
+            every.add(i)
+    return frozenset(some), frozenset(every)
 
 
-def _check_channels(captured: Captured, free: frozenset[int]) -> None:
+def _check_channels(captured: Captured, taken: frozenset[int]) -> None:
     """Where the model takes other numbers of channels and the graph does not, the result says so."""
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     known = {(name, dim) for check in captured.checks for _, name, dim in check.symbols}
-    for i in free if len(placeholders) > max(free, default=-1) else ():
+    for i in taken if len(placeholders) > max(taken, default=-1) else ():
         value = placeholders[i].meta.get("val")
         if not isinstance(value, torch.Tensor) or (placeholders[i].name, 1) in known:
             continue
