@@ -293,7 +293,7 @@ class CostModel:
 
     def _work(self, step: Step, kind: str, macs: float) -> float:
         """Multiply-adds with those that fill up blocks of channels."""
-        if kind in ("conv_1x1", "linear"):
+        if kind in ("conv_1x1", "linear", "conv_small"):
             return macs + NARROW * self.count(step.shape)
         if kind == "avg_pool":
             return self.count(step.shape) * math.prod(step.attrs.get("kernel", ()))
@@ -305,7 +305,7 @@ class CostModel:
             inner, outer = outer, inner
         if inner > 4 or groups > 1:
             macs *= _filled(inner, block)
-        return macs * _filled(outer, block)
+        return macs * _filled(outer, block) + (NARROW * self.count(step.shape) if kind in ("conv", "conv_1d") else 0)
 
 
 def _filled(channels: float, block: int) -> float:
