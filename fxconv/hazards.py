@@ -55,6 +55,7 @@ def check_model(model: Any) -> None:
     _check_training(model)
     if isinstance(model, torch.fx.GraphModule):
         check_not_quantised(model)
+    _check_not_observed(model)
     for name, module in model.named_modules():
         if _is_quantised(module):
             raise CaptureError(
@@ -86,10 +87,14 @@ def check_not_quantised(gm: torch.fx.GraphModule) -> None:
                 f"the graph is quantised ({node.name}: {node.target}): it rounds between operators, so nothing is "
                 "affine across them; transform the float model, then quantise"
             )
-    for name, module in gm.named_modules():
+    _check_not_observed(gm)
+
+
+def _check_not_observed(model: nn.Module) -> None:
+    for name, module in model.named_modules():
         if any(base.__name__ in _OBSERVERS for base in type(module).__mro__):
             raise CaptureError(
-                f"the graph is prepared for quantisation ({name}: {type(module).__name__}): what its observers have "
+                f"the model is prepared for quantisation ({name}: {type(module).__name__}): what its observers have "
                 "seen would not hold for rewritten operators; transform the float model, then prepare it"
             )
 
