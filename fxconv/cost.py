@@ -261,12 +261,6 @@ class CostModel:
             constants *= self.number(step.in_shape[0])  # image by image
         return self._work(step, kind, self.number(step.macs)), read, written, constants
 
-    def reading(self, k: Kernel) -> Price:
-        """The price of reading a constant along with something else: a bias."""
-        entries = self.count(k.shape)
-        moved = entries * self.itemsize
-        return Price(moved / self.profile.of("add").read, params=entries, bytes=moved)
-
     def kind(self, step: Step) -> str:
         """The kernel kind of a step, by which rates are listed."""
         if step.kind == "conv":

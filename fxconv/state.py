@@ -646,7 +646,10 @@ class State:
             price = self._steps_price([*steps, *plan.adds])
             for p in plan.parts:
                 if p.bias is not None and isinstance(p.bias.node, Const):
-                    price = price + self.model.reading(p.bias.node.kernel)
+                    # What the operator costs more with a bias than without: a scale becomes another one altogether.
+                    plain, biased = self.best_plan(p.values[0]), self.best_plan(p.values[0], p.bias.node)
+                    if plain is not None and biased is not None:
+                        price = price + self._steps_price(biased.steps) - self._steps_price(plain.steps)
             found = self._sum_prices[key] = price, plan.layout
         return found
 
