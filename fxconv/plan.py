@@ -355,19 +355,17 @@ def _isolate(layout: Layout, slots: set[int]) -> list[tuple[int, ...]]:
     return out + [(s,) for s in sorted(missing)]
 
 
-def _spatial_layout(
-    chain: Chain, sliding: set[int], only: bool = False
-) -> tuple[list[tuple[int, ...]], int] | None:
+def _spatial_layout(chain: Chain, sliding: set[int]) -> tuple[list[tuple[int, ...]], int] | None:
     """[batch, channel, spatial…] with everything from the first sliding slot on spatial, and how many are spatial.
 
-    Pooling and resampling want one or more leading dims and 1 to 3 trailing ones. ``only`` makes none but the sliding
-    slots spatial, at the price of a copy: bilinear interpolation of channels-last images as trilinear is far slower.
+    Pooling and resampling want one or more leading dims and 1 to 3 trailing ones. Channels behind an image are moved in
+    front of it: treated as a third spatial dim they would make bilinear interpolation a far slower trilinear one.
     """
     order = chain.order()
     order += [s for s in sorted(sliding) if s not in order]
     first = min(order.index(s) for s in sliding)
     lead, tail = order[:first], order[first:]
-    if len(tail) > 3 or only:
+    if len(tail) > 3 or len(sliding) > 1 and tail[-1] not in sliding:
         tail = [s for s in order if s in sliding]
         lead = [s for s in order if s not in sliding]
         if len(tail) > 3:
@@ -467,8 +465,7 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
         chain.add("mean", [s for d, s in enumerate(chain.shape()) if d not in dims], dims=dims)
         return [chain.done(rename, [g for d, g in enumerate(groups) if d not in dims])]
     kinds = {(r.kind, r.parameters[:1] if r.kind not in ("adaptive_avg", "avg_inside") else ()) for r in roles.values()}
-    interpolates = any(r.kind not in ("adaptive_avg", "avg_inside") for r in roles.values())
-    found = _spatial_layout(chain, set(roles), only=interpolates)
+    found = _spatial_layout(chain, set(roles))
     if len(kinds) != 1 or found is None:
         return []
     (kind, parameters), (groups, nd) = kinds.pop(), found

@@ -125,3 +125,19 @@ def test_ci_runs_the_readmes_command() -> None:
     assert len(commands) == 2, "one line sets up and runs the main job, one the tests"
     assert "fxconv transform torchvision:" in commands[0] and "pytest" in commands[1]
     assert all("pip install -e" in c for c in commands)
+
+
+def test_the_readmes_law_works() -> None:
+    """The example under "Writing a law" runs as it stands, and what it proposes is taken and verified."""
+    import torch
+    from torch import nn
+
+    text = (ROOT / "README.md").read_text().split("## Writing a law")[1].split("\n## ")[0]
+    code = text.split("```python\n")[1].split("```")[0]
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3)).double().eval()
+    names = {"model": model, "x": torch.randn(4, 6, dtype=torch.float64)}
+    exec(code.replace("laws=[*LAWS, ", "laws=["), names)  # on its own, so that no other law does its work
+    assert fxconv.report(names["fast"]).verified
+    exec(code, names)
+    assert fxconv.report(names["fast"]).verified
+    assert torch.allclose(names["fast"](names["x"]), model(names["x"]), rtol=1e-12)

@@ -67,11 +67,17 @@ def densenet(result: Any) -> Iterator[str]:
     others = [a for a in channel_affines(result, (example("densenet121", 1),)) if "batch_norm" not in a]
     if left != 62 or others:
         yield f"{left} BatchNorms and {others} left, not the 62 between cat and ReLU"
+    def multiplies(node: fx.Node) -> bool:
+        """Whether a node is the 1x1 convolution, also where it is written as a Linear on permuted images."""
+        if kind_of(node, gm) == "permute":
+            return all(multiplies(u) for u in node.users)
+        return kind_of(node, gm) in ("conv", "linear")
+
     pools = [n for n in gm.graph.nodes if kind_of(n, gm) == "avg_pool"]
     if len(pools) != 3:
         yield f"{len(pools)} average pools, not 3"
     for pool in pools:
-        if kind_of(pool.args[0], gm) != "relu" or [kind_of(u, gm) for u in pool.users] != ["conv"]:
+        if kind_of(pool.args[0], gm) != "relu" or not all(multiplies(u) for u in pool.users):
             yield f"{pool.name} pools {pool.args[0]}, not before its convolution"
 
 
