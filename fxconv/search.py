@@ -35,7 +35,7 @@ class Budget:
         beam: how many of them are followed per level.
         trials: how many tentative steps one value may cause.
         looks: how many times the laws may be asked on behalf of one value.
-        reach: how much a step may cost on the way, in prices of the value that it starts at.
+        reach: how much a step may cost on the way, in prices of the value that it starts at (with what was made for it).
     """
 
     depth: int = 3
@@ -147,7 +147,7 @@ class Search:
         start = state.score()
         mark = state.mark()
         self._trials = self._looks = 0
-        self._reach = self.budget.reach * max(score(state.prices.get(v, Price()), state.objective), 1e-9)
+        self._reach = self.budget.reach * max(score(state.price_after(v), state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
         slack = 1.1 if state.objective == "launches" else 1.0
         self._most_macs = state.total.macs * slack * (1 + 1e-9)

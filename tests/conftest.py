@@ -38,6 +38,7 @@ QUICK = ("resnet18", "mobilenet_v3_small")
 """The networks that every run takes anyway."""
 
 HEAVY = (
+    "test_quantised[mobileone_s0]",
     "test_executorch_pass[mobileone_s0]",
     "test_torch_compile[mobileone_s0-_backend]",
     "test_torch_compile[mobileone_s0-_inductor_pass]",
