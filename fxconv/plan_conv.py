@@ -17,10 +17,6 @@ def plan_conv(m: Map, layout: Layout, target: Target, bias: Const | None) -> lis
     plans = [_plan(m, layout, target, bias), _plan(m, layout, target, bias, channels_last=True)]
     if len(layout) > 2:
         plans.append(_plan(m, layout, target, bias, tokens=True))
-    filters = [r.filter for r in m.roles if isinstance(r, Window)]
-    if filters and all(f.up == f.down == 1 and f.extent >= 0 for f in filters) and any(f.extent for f in filters):
-        # Larger than its input: a transposed convolution has nothing to do with the padding.
-        plans.append(_plan(m, layout, target, bias, spread=True))
     if target.full_kernel:
         plans.insert(0, _plan(m, layout, target, bias, full=True))  # which a target that wants it takes first
     return [p for p in plans if p is not None]
@@ -34,7 +30,6 @@ def _plan(
     full: bool = False,
     channels_last: bool = False,
     tokens: bool = False,
-    spread: bool = False,
 ) -> Plan | None:
     """One way to write a map as a convolution.
 
@@ -42,11 +37,10 @@ def _plan(
         full: whether contracted slots become full kernels.
         channels_last: whether the operand's channels come last in memory and shall stay there, in the result too.
         tokens: whether all dims but the first, of an operand with channels last, become spatial.
-        spread: whether to write it as a transposed convolution though no window has up > 1.
     """
     sizes = m.x.sizes
     windows: dict[int, Window] = {r.src: r for r in m.roles if isinstance(r, Window)}
-    transposed = spread or any(w.filter.up > 1 for w in windows.values())
+    transposed = any(w.filter.up > 1 for w in windows.values())
     if transposed and any(w.filter.down > 1 for w in windows.values()):
         return None
     shared = [r.src for r in m.roles if isinstance(r, Shared)]

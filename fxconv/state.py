@@ -252,8 +252,6 @@ class State:
         if self.target.full_kernel:
             return plans[0]
         wanted = self._wanted(v)
-        work = [sum(self.model.number(s.macs) for s in p.steps) for p in plans]
-        plans = [p for p, macs in zip(plans, work, strict=True) if macs <= min(work) * (1 + 1e-9)]
         return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._onward(v, p, wanted), self.objective))
 
     def _onward(self, v: Value, plan: Plan, wanted: Layout | None) -> Price:
