@@ -55,13 +55,13 @@ def check_model(model: Any) -> None:
     _check_training(model)
     if isinstance(model, torch.fx.GraphModule):
         check_not_quantised(model)
-    _check_not_observed(model)
     for name, module in model.named_modules():
         if _is_quantised(module):
             raise CaptureError(
                 f"{name or type(model).__name__} is quantised ({type(module).__module__}.{type(module).__name__}): "
                 "integer arithmetic rounds in between, so nothing is affine; transform the float model, then quantise"
             )
+    _check_not_observed(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, torch.nn.parameter.UninitializedParameter):
             raise CaptureError(f"{name} is not initialised: run the model once before transforming it")

@@ -58,15 +58,16 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
             parts.append(part)
         return make_sum(parts)
     if isinstance(t.node, Map):
+        if context.count(t.sizes) > context.count(t.node.x.sizes) and not is_selection(t.node):
+            # Below what makes the tensor larger rather than into it.
+            met = meet(m, t.node, between) if has_resample(t.node) or t.node.kernel.uniform is not None else ""
+            swapped = exchange(met, t.node) if not isinstance(met, str) else None
+            if swapped is not None:
+                return _below(swapped, context, depth)
         # Resampling keeps its own operator: nothing is multiplied into it.
         composed = compose(m, t.node, between) if has_resample(m) == has_resample(t.node) else ""
         if not isinstance(composed, str):
             return _further(composed, context, depth)
-        if context.count(t.sizes) > context.count(t.node.x.sizes):
-            met = meet(m, t.node, between)
-            swapped = exchange(met, t.node) if not isinstance(met, str) else None
-            if swapped is not None:
-                return _below(swapped, context, depth)
     return _plain(m, between, t)
 
 
