@@ -141,13 +141,20 @@ def _leading(w: torch.Tensor, m: Moments) -> torch.Tensor:
     return torch.linalg.eigh(w @ m.covariance @ w.T)[1].flip(1)
 
 
-def _low_rank(layer: nn.Linear, w: torch.Tensor, b: torch.Tensor, m: Moments) -> Iterator[Candidate]:
+def _factors(w: torch.Tensor, b: torch.Tensor, m: Moments) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Left and right factors of every rank that saves multiply-adds, with the bias corrected for what they lose."""
     rows, columns = w.shape
     vectors = _leading(w, m)
     for r in _ladder((rows * columns - 1) // (rows + columns)):
         left = vectors[:, :r]
         right = left.T @ w
-        bias = _corrected(w, b, left @ right, m.mean)
+        yield left, right, _corrected(w, b, left @ right, m.mean)
+
+
+def _low_rank(layer: nn.Linear, w: torch.Tensor, b: torch.Tensor, m: Moments) -> Iterator[Candidate]:
+    rows, columns = w.shape
+    for left, right, bias in _factors(w, b, m):
+        r = left.shape[1]
 
         def build(left: torch.Tensor = left, right: torch.Tensor = right, bias: torch.Tensor = bias) -> nn.Module:
             r = left.shape[1]
@@ -289,11 +296,8 @@ def conv_candidates(layer: nn.Conv2d, m: Moments) -> Iterator[Candidate]:
     b = layer.bias.detach().double() if layer.bias is not None else w.new_zeros(w.shape[0])
     rows, columns = w.shape
     options = {"stride": layer.stride, "dilation": layer.dilation}
-    vectors = _leading(w, m)
-    for r in _ladder((rows * columns - 1) // (rows + columns)):
-        left = vectors[:, :r]
-        right = left.T @ w
-        bias = _corrected(w, b, left @ right, m.mean)
+    for left, right, bias in _factors(w, b, m):
+        r = left.shape[1]
 
         def build(left: torch.Tensor = left, right: torch.Tensor = right, bias: torch.Tensor = bias) -> nn.Module:
             r = left.shape[1]

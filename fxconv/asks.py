@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxconv.axes import is_static, same, shape_of
+from fxconv.axes import Size, is_static, same, shape_of
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-
-
 _LIKE = ("reshape_as", "view_as", "expand_as")
 
 
@@ -69,14 +67,17 @@ def _questions(ask: fx.Node) -> list[tuple[fx.Node, int | None]]:
     return parts if len(parts) == len(ask.users) else [(ask, None)]  # type: ignore[return-value]
 
 
+def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
 def _redirect_like(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx.Node, int]) -> None:
     """Let ``x.reshape_as(n)`` take the shape of another tensor."""
     wanted = shape_of(n.meta["val"])
     for other in alive:
         if position[other] >= position[ask]:
             break
-        have = shape_of(other.meta["val"])
-        if len(have) == len(wanted) and all(same(a, b) for a, b in zip(have, wanted, strict=True)):
+        if _same_shape(shape_of(other.meta["val"]), wanted):
             ask.args = (ask.args[0], other)
             return
     if "expand" not in str(ask.target):
@@ -123,7 +124,7 @@ def _redirect(
         if other.meta["val"].dtype != n.meta["val"].dtype:
             continue
         if dim is None:
-            if len(have) != len(wanted) or not all(same(a, b) for a, b in zip(have, wanted, strict=True)):
+            if not _same_shape(have, wanted):
                 continue
             new_dim: int | None = None
         else:

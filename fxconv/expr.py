@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, is_static, product, same
+from fxconv.axes import Size, product, same
 from fxconv.kernel import Kernel
 from fxconv.window import Filter
 
@@ -398,7 +398,3 @@ def walk(roots: list[Value]) -> Iterator[Value]:
             seen.add(v.id)
             stack.append((v, True))
             stack.extend((o, False) for o in operands(v.node))
-
-
-def static_sizes(sizes: tuple[Size, ...]) -> bool:
-    return all(is_static(s) for s in sizes)

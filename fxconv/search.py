@@ -316,14 +316,12 @@ class Search:
         tried: list[Trial] = []
         seen: set[tuple[int, object]] = set()
         for x in focus:
-            if x not in state.uses or x in state.frozen or self._looks >= self.budget.looks:
+            if x not in state.uses or self._looks >= self.budget.looks:
                 continue
             self._looks += 1
             for steps in self._proposals(x, late=depth == self.budget.depth):
                 if self._trials >= self.budget.trials:
                     break
-                if any(y in state.frozen for y, _, _ in steps):
-                    continue
                 # Wide sums are dear to price: a trial counts by what it makes.
                 first, new, law = steps[0]
                 self._trials += 1 + (len(operands(new.node)) // 4 if new is not None else 0)

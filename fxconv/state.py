@@ -103,7 +103,6 @@ class State:
     layouts: dict[Value, Layout] = field(default_factory=dict)
     restated: set[Value] = field(default_factory=set)
     table: dict[Node, Value] = field(default_factory=dict)
-    frozen: set[Value] = field(default_factory=set)
     owners: dict[Value, list[Value]] = field(default_factory=dict)
     levels: dict[Value, int] = field(default_factory=dict)
     total: Price = field(default_factory=Price)
