@@ -7,7 +7,7 @@ depends on them; nothing else is recomputed. Every change is logged, so that a t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -538,6 +538,9 @@ class State:
             # Who reads a value is priced by its kind, its layout and whether it is used once.
             if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
                 queue.extend(self.users.get(x, ()))
+                for part in self._parts_beside(x):
+                    before.setdefault(part, (self.prices.get(part), self.layouts.pop(part, None)))
+                    queue.append(part)
         seen: set[Value] = set()
         while queue:
             x = queue.pop()
@@ -561,6 +564,12 @@ class State:
                     if user in seen and not self.unchanged(user):
                         seen.discard(user)
                     queue.append(user)
+
+    def _parts_beside(self, x: Value) -> Iterator[Value]:
+        """Terms that sums add to x and that a concatenation may write itself, which hangs on what x is."""
+        for u in self.users.get(x, ()):
+            if isinstance(u.node, Sum) and not self.unchanged(u):
+                yield from (t for t in u.node.terms if isinstance(t.node, Map) and is_selection(t.node))
 
     def anchored(self, v: Value) -> bool:
         """Whether nodes of the original graph read v, so that it must come in the original's dims."""
