@@ -176,6 +176,12 @@ class Emitter:
             node = self.writer.write(step, node)
         return node
 
+    def _arranged(self, v: Value, node: fx.Node, have: Layout, want: Layout) -> fx.Node:
+        """The tensor of a value, brought from the layout that it came out in to another."""
+        chain = Chain(v.sizes, have)
+        chain.to(want)
+        return self._chain(chain.steps, node)
+
     def _emit(self, v: Value) -> tuple[fx.Node, Layout]:
         """The tensor of a value: its node and layout, written if it is not there yet."""
         found = self.tensors.get(v)
@@ -233,15 +239,14 @@ class Emitter:
                 constants.append(part.step)
                 continue
             if part.kind == "cat":
-                xs = [self._chain(c, self._emit(x)[0]) for x, c in zip(part.values, part.chains, strict=True)]
+                xs = [self._arranged(x, *self._emit(x), plan.layout) for x in part.values]
                 assert part.step is not None
                 tensor = self.writer.cat(xs, part.step.attrs["dim"])
             else:
                 t = part.values[0]
-                if part.bias is not None and isinstance(part.bias.node, Const):
-                    tensor = self._chain(part.chains[0], self._emit_map(t, part.bias.node)[0])
-                else:
-                    tensor = self._chain(part.chains[0], self._emit(t)[0])
+                bias = part.bias.node if part.bias is not None else None
+                found = self._emit_map(t, bias) if isinstance(bias, Const) else self._emit(t)
+                tensor = self._arranged(t, *found, plan.layout)
             total = tensor if total is None else self.writer.add(total, tensor)
         for step in constants:
             if total is None:
