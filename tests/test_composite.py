@@ -103,3 +103,19 @@ def test_what_is_not_affine_is_named(step: Callable[[Between, Tensor], Tensor], 
     assert any(reason in str(barrier) for barrier in report.barriers), report.barriers
     x = (draw((2, 6, 9, 11), 2),)
     assert relative_error(run(result, x), run(model, x)) < 1e-12
+
+
+def test_a_rewrite_that_reads_parts_and_a_dtype() -> None:
+    def step(s: Between, x: Tensor) -> Tensor:
+        first, second = torch.unbind(x.unflatten(1, (2, 4)), 1)
+        return torch.cat([second * s.factor[:4], first], 1).to(x.dtype)
+
+    model = randomise(Between(step), 1).double()
+    for capture in ("export", "symbolic"):
+        result = fxconv.transform(model, draw((2, 6, 9, 11), 1), capture=capture)
+        report = fxconv.report(result)
+        assert report.verified
+        assert not report.rolled_back
+        assert kinds(result)["conv"] == 1
+        x = (draw((3, 6, 8, 12), 2),)
+        assert relative_error(run(result, x), run(model, x)) < 1e-12
