@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from fxconv.axes import Size
+from fxconv.axes import Size, same
 from fxconv.expr import Map, Value, View
+
+logger = logging.getLogger("fxconv")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,27 @@ class Law:
     margin: float = 0.0
 
     def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:
-        yield from self.apply(v, context)
+        """What the law proposes; one that fails or proposes what cannot be put in v's place has refused."""
+        try:
+            for outcome in self.apply(v, context):
+                wrong = _misfit(v, outcome)
+                yield outcome if wrong is None else Refusal(wrong)
+        except Exception as error:  # anybody's code: the model comes out right without it, and the report says so
+            logger.warning("the law %r raised at %s", self.name, v, exc_info=True)
+            yield Refusal(f"the law raised {type(error).__name__}: {error}")
+
+
+def _misfit(v: Value, outcome: Any) -> str | None:
+    """What is wrong with a law's outcome at v, whatever the law computes."""
+    if isinstance(outcome, Refusal):
+        return None
+    pairs = outcome.pairs if isinstance(outcome, Joint) else ((v, outcome),)
+    for old, new in pairs:
+        if not isinstance(new, Value):
+            return f"the law proposed a {type(new).__name__}, not a Value, a Joint or a Refusal"
+        if len(new.sizes) != len(old.sizes) or not all(map(same, new.sizes, old.sizes)):
+            return f"the law proposed sizes {new.sizes} for {old.sizes}"
+    return None
 
 
 def through_view(x: Value) -> tuple[View | None, Value]:

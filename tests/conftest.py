@@ -25,10 +25,12 @@ settings.load_profile("fxconv")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_fixed_seed() -> Iterator[None]:
+def _one_thread_and_a_fixed_seed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
+    # A law that raises is a refusal to a user; here it is a bug.
+    assert not [r for r in caplog.records if r.name == "fxconv" and "raised at" in r.getMessage()]
 
 
 HERE = Path(__file__).parent

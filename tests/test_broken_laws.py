@@ -1,0 +1,60 @@
+"""Laws of a user's that fail, or that propose what cannot be put in the value's place: the model comes out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise
+from torch import nn
+
+import fxconv
+from fxconv.expr import Map, Value
+from fxconv.law import Context, Joint, Law
+
+
+def _raises(v: Value, context: Context) -> Iterator[Value]:
+    raise KeyError("table")
+    yield v
+
+
+def _nothing(v: Value, context: Context) -> Any:
+    return None
+
+
+def _text(v: Value, context: Context) -> Iterator[Any]:
+    yield "conv"
+
+
+def _other_sizes(v: Value, context: Context) -> Iterator[Value]:
+    if isinstance(v.node, Map):
+        yield v.node.x
+
+
+def _joint_of_other_sizes(v: Value, context: Context) -> Iterator[Joint]:
+    if isinstance(v.node, Map):
+        yield Joint(((v, v.node.x),))
+
+
+@pytest.mark.parametrize(
+    ("apply", "reason"),
+    [
+        (_raises, "the law raised KeyError: 'table'"),
+        (_nothing, "the law raised TypeError"),
+        (_text, "the law proposed a str, not a Value"),
+        (_other_sizes, "the law proposed sizes"),
+        (_joint_of_other_sizes, "the law proposed sizes"),
+    ],
+)
+def test_a_broken_law_is_reported(apply: Callable[..., Any], reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)), 1)
+    x = torch.randn(2, 3, 8, 9)
+    result = fxconv.transform(model, x, laws=[Law("broken", apply)])
+    report = fxconv.report(result)
+    assert report.verified
+    assert any(m.law == "broken" and m.reason.startswith(reason) for m in report.missed), report.missed
+    assert torch.allclose(result(x), model(x), atol=1e-5)
+    assert ("raised at" in caplog.text) == ("raised" in reason)
+    caplog.clear()
