@@ -140,13 +140,14 @@ def run_export(
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], specs: tuple[Any, ...]) -> Any:
-    """export wants a tuple without keyword arguments, and a dict by argument name with them."""
-    if not kwargs:
+    """export wants a tuple without keyword arguments and without ``*args``, and a dict by argument name with them."""
+    signature = inspect.signature(model.forward)
+    if not kwargs and all(p.kind is not p.VAR_POSITIONAL for p in signature.parameters.values()):
         return specs
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
     values = iter(specs)
     named: dict[str, Any] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for name, parameter in signature.parameters.items():
         if name not in bound.arguments:
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -154,7 +155,7 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sp
         elif parameter.kind is not parameter.VAR_KEYWORD and name not in kwargs:
             named[name] = next(values)
     by_key = dict(zip(kwargs, specs[len(args) :], strict=True))
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for name, parameter in signature.parameters.items():
         if name in by_key:
             named[name] = by_key[name]
         elif parameter.kind is parameter.VAR_KEYWORD and name in bound.arguments:

@@ -34,9 +34,9 @@ def _one_thread_and_a_fixed_seed(caplog: pytest.LogCaptureFixture) -> Iterator[N
 
 
 HERE = Path(__file__).parent
-NETWORKS = ("test_torchvision.py", "test_timm_reparam.py", "test_property.py", "test_regions_hf.py")
-"""Whole networks and long sweeps; each takes minutes. In an ordinary run the rest of the suite stands for them."""
-QUICK = ("resnet18", "mobilenet_v3_small")
+NETWORKS = ("test_timm_reparam.py",)
+"""Whole networks; each takes minutes. In an ordinary run torchvision's networks and the rest of the suite stand for them."""
+QUICK = ("repvgg_a0", "repghostnet_050")
 """The networks that every run takes anyway."""
 
 HEAVY = (
