@@ -57,6 +57,7 @@ OPERATORS: Mapping[str, str] = {
     "slice": "x; dim, start, end, step",
     "index": "x; items",
     "select": "x; dim, index",
+    "write": "x, src; dim, start, step, select",
     "reshape": "x; shape (as written, or None), bare_squeeze",
     "permute": "x; dims",
     "expand": "x; shape",
@@ -99,7 +100,7 @@ _USER_NAMES = {
 
 _LINEAR_NOT_LIFTED = {
     "repeat_interleave", "index", "gather", "take_along_dim", "fold", "col2im", "cumsum", "scatter",
-    "scatter_add", "index_add", "index_copy", "index_put", "slice_scatter", "select_scatter", "diagonal", "tril",
+    "scatter_add", "index_add", "index_copy", "index_put", "diagonal", "tril",
     "triu", "masked_fill", "where", "grid_sampler", "grid_sampler_2d", "grid_sample", "fft_fft2", "rot90", "kron",
     "tensordot", "as_strided", "hstack", "vstack", "dstack", "column_stack", "block_diag", "lerp", "outer", "meshgrid",
 }  # fmt: skip

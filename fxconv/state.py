@@ -42,6 +42,9 @@ from fxconv.sums import concatenated, plan_sum
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
 """The price of a node that no operator of the target computes."""
 
+INLINED = Price()
+"""The price of a selection that its readers write as a part of their concatenation; known by its identity."""
+
 
 @dataclass(frozen=True)
 class Original:
@@ -552,6 +555,13 @@ class State:
             if x not in self.uses:
                 self.layouts.pop(x, None)
                 continue
+            for t in operands(x.node) if isinstance(x.node, Sum) else ():
+                if t in self.prices and is_selection(t.node) and (self.prices[t] is INLINED) != self._inlined(t):
+                    # Its layout was that of what it selects from, or is from now on.
+                    before.setdefault(t, (self.prices[t], self.layouts.get(t)))
+                    self.layouts.pop(t, None)
+                    seen.discard(t)
+                    queue.append(t)
             layout = self.layouts.get(x)
             price = self._price(x)
             self.prices[x] = price
@@ -606,7 +616,7 @@ class State:
         if isinstance(node, Map) and is_selection(node) and self._inlined(v):
             # The concatenation reads the operand itself.
             self.layouts[v] = self.layout(node.x)
-            return Price()
+            return INLINED
         found = self._map_price(v)
         if found is None:
             self.layouts[v] = tuple((i,) for i in range(v.rank))
