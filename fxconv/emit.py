@@ -222,6 +222,12 @@ class Emitter:
             raise AssertionError(f"no operator computes {v}: {v.node.roles}")
         return self._chain(plan.steps, x), plan.layout
 
+    def _arranged(self, x: Value, node: fx.Node, have: Layout, want: Layout) -> fx.Node:
+        """A tensor in another layout; from the one that it was written in, which with a bias need not be the planned one."""
+        chain = Chain(x.sizes, have)
+        chain.to(want)
+        return self._chain(chain.steps, node)
+
     def _emit_sum(self, node: Sum) -> tuple[fx.Node, Layout]:
         state = self.state
         plan = plan_sum(node, state.layout, state.alone)
@@ -233,15 +239,14 @@ class Emitter:
                 constants.append(part.step)
                 continue
             if part.kind == "cat":
-                xs = [self._chain(c, self._emit(x)[0]) for x, c in zip(part.values, part.chains, strict=True)]
+                xs = [self._arranged(x, *self._emit(x), plan.layout) for x in part.values]
                 assert part.step is not None
                 tensor = self.writer.cat(xs, part.step.attrs["dim"])
             else:
                 t = part.values[0]
-                if part.bias is not None and isinstance(part.bias.node, Const):
-                    tensor = self._chain(part.chains[0], self._emit_map(t, part.bias.node)[0])
-                else:
-                    tensor = self._chain(part.chains[0], self._emit(t)[0])
+                bias = part.bias.node if part.bias is not None else None
+                made = self._emit_map(t, bias) if isinstance(bias, Const) else self._emit(t)
+                tensor = self._arranged(t, *made, plan.layout)
             total = tensor if total is None else self.writer.add(total, tensor)
         for step in constants:
             if total is None:

@@ -16,8 +16,8 @@ from fxconv import kernel as kernels
 from fxconv.algebra import compose
 from fxconv.axes import Size, as_size, is_static, same
 from fxconv.expr import Const, Kept, Map, Role, Sum, Value, Window, is_selection
-from fxconv.operators import align, broadcast, rule, scale
-from fxconv.operators_window import along_dims, concatenate, place
+from fxconv.operators import align, rule, scale
+from fxconv.operators_window import concatenate, place
 from fxconv.refs import LiftError, Ref, arrange, make_map, make_sum
 from fxconv.window import Filter, selection_filter
 

@@ -253,6 +253,10 @@ class State:
             return None
         if self.target.full_kernel:
             return plans[0]
+        if bias is not None and len(plans) > 1:
+            # The sum that adds the bias is planned for the layout that the map has without.
+            plain = self.best_plan(v)
+            plans = [p for p in plans if plain is not None and p.layout == plain.layout] or plans
         wanted = self._wanted(v)
         return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._onward(v, p, wanted), self.objective))
 
