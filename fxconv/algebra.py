@@ -688,3 +688,12 @@ def view_constant(v: View, c: Const) -> Const:
     sizes = tuple(product([atoms[a] for a in g]) for g in v.groups)
     kernel = kernels.reshape(kernel, [s for s, flag in zip(sizes, groups_vary, strict=True) if flag])
     return Const(sizes, groups_vary, kernel)
+
+
+def constant_before(v: View, c: Const) -> Const:
+    """The constant that a view shows as the given one; it varies along whole slots, so perhaps along more than it needs to."""
+    place = {a: i for i, a in enumerate(a for g in v.groups for a in g)}
+    splits = tuple(tuple(v.atoms[a] for a in g) for g in v.groups)
+    count = itertools.count()
+    groups = tuple(tuple(place[a] for _ in split if (a := next(count)) in place) for split in v.splits)
+    return view_constant(View(Value(c), splits, groups), c)

@@ -544,7 +544,10 @@ class State:
                 queue.extend(t for t in operands(x.node) if t in self.uses and _flexible(t))
             # Who reads a value is priced by its kind, its layout and whether it is used once.
             if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
-                queue.extend(self.users.get(x, ()))
+                for u in self.users.get(x, ()):
+                    queue.append(u)
+                    if isinstance(u.node, View):
+                        queue.extend(self.users.get(u, ()))
         seen: set[Value] = set()
         while queue:
             x = queue.pop()
@@ -656,9 +659,9 @@ class State:
             steps += [p.step for p in plan.parts if p.step is not None]
             price = self._steps_price([*steps, *plan.adds])
             for p in plan.parts:
-                if p.bias is not None and isinstance(p.bias.node, Const):
+                if p.bias is not None:
                     # What the operator costs more with a bias than without: a scale becomes another one altogether.
-                    plain, biased = self.best_plan(p.values[0]), self.best_plan(p.values[0], p.bias.node)
+                    plain, biased = self.best_plan(p.bias[0]), self.best_plan(*p.bias)
                     if plain is not None and biased is not None:
                         price = price + self._steps_price(biased.steps) - self._steps_price(plain.steps)
             found = self._sum_prices[key] = price, plan.layout
@@ -669,6 +672,9 @@ class State:
         node = t.node
         if isinstance(node, Const):
             return node.sizes, node.varies
+        if isinstance(node, View) and isinstance(node.x.node, Map):
+            # Its map may carry a bias.
+            return t.sizes, node.splits, node.groups, self.layout(t), self.alone(t), self._term_key(node.x)
         if not isinstance(node, Map):
             return t.sizes, self.layout(t)
         key = (node.x.sizes, node.roles, node.kernel.uniform, gathered(node.kernel), self.alone(t), self.layout(t))
