@@ -546,8 +546,9 @@ class State:
             if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
                 for u in self.users.get(x, ()):
                     queue.append(u)
-                    if isinstance(u.node, View):
-                        queue.extend(self.users.get(u, ()))
+                    if isinstance(u.node, View) and isinstance(x.node, Map):
+                        # A sum may give the map its bias, through the view.
+                        queue.extend(w for w in self.users.get(u, ()) if isinstance(w.node, Sum) and not self.unchanged(w))
         seen: set[Value] = set()
         while queue:
             x = queue.pop()
