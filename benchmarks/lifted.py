@@ -36,7 +36,7 @@ LINEAR = {
 BILINEAR = {
     "mul", "multiply", "truediv", "div", "divide", "matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear", "conv1d",
     "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addcmul", "where",
-    "masked_fill", "batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "lerp", "scaled_dot_product",
+    "masked_fill", "addcdiv", "batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "lerp", "scaled_dot_product",
 }  # fmt: skip
 """Linear in one tensor operand, where the others are constants."""
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -29,6 +29,8 @@ from fxconv.expr import (
     Value,
     View,
     Window,
+    has_resample,
+    is_selection,
     kernel_shape,
     role_size,
     split_view,
@@ -408,12 +410,20 @@ def _meet(outer: Map, inner: Map, between: View | None) -> Meeting | str:
     refined2 = refine(raw(outer), tuple(tuple(atoms[a] for a in g) for g in groups), None)
     if isinstance(refined2, str):
         return refined2
-    m2, _, splits2 = refined2
-    order = [a for g in groups for a in g]
+    m2, splits1, splits2 = refined2
+    order: list[int] = []
+    ones = 0
+    for g, split in zip(groups, splits1, strict=True):
+        if g or not split:
+            order += g
+        else:  # a window slides along an axis of size 1 that has no slot
+            order.append(len(atoms) + ones)
+            ones += 1
     dropped = [a for a in range(len(atoms)) if a not in order]
-    if len(m2.in_sizes) != len(order):
-        return "a window slides along an axis of size 1 that has no slot"
     count = len(m2.roles)
+    if ones:
+        roles = (*m1.roles, *(New(1) for _ in range(ones)))
+        m1 = Raw(m1.in_sizes, roles, kernels.reshape(m1.kernel, kernel_shape(roles, m1.in_sizes)))
     if dropped:
         # Size-1 slots of the inner map that the outer one doesn't see pass by it as kept slots.
         extra = tuple(Kept(len(order) + k) for k in range(len(dropped)))
@@ -424,8 +434,30 @@ def _meet(outer: Map, inner: Map, between: View | None) -> Meeting | str:
 def compose(outer: Map, inner: Map, between: View | None = None) -> Value | str:
     """``outer ∘ between ∘ inner`` in normal form, or the reason why it is not one map."""
     m = meet(outer, inner, between)
+    return m if isinstance(m, str) else _composed(m, inner)
+
+
+def join(outer: Map, inner: Map, between: View | None = None) -> Value | str | None:
+    """`compose`, where resampling that meets what the inner map makes, scales or selects becomes a matrix.
+
+    None where other resampling keeps the two apart: it has its own operator, and `commute` moves maps past it.
+    """
+    if has_resample(outer) == has_resample(inner):
+        return compose(outer, inner, between)
+    if has_resample(inner):
+        return None
+    m = meet(outer, inner, between)
     if isinstance(m, str):
         return m
+    resampled = {o: role.src for o, role in enumerate(m.outer.roles) if isinstance(role, Resample)}
+    known = (New, Shared, Window) if is_selection(inner) else (New, Shared)
+    if any(not isinstance(m.inner.roles[m.perm[src]], known) for src in resampled.values()):
+        return None
+    dense = densify_resampling(m.outer, set(resampled))
+    return dense if isinstance(dense, str) else _composed(replace(m, outer=dense), inner)
+
+
+def _composed(m: Meeting, inner: Map) -> Value | str:
     composed = compose_raw(m.outer, m.perm, m.inner)
     if isinstance(composed, str):
         return composed

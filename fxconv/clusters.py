@@ -110,7 +110,9 @@ class Cutter:
             return True
         if isinstance(val, (tuple, list)):
             # split, chunk: their parts are what is lifted.
-            return self.lifted.barriers.get(node) != ""
+            return bool(self.lifted.barriers.get(node))
+        if isinstance(val, (torch.dtype, torch.device, torch.layout)):
+            return False  # asked of a tensor, and no input of a check
         return node not in self.lifted.ops and not self._is_constant(node)
 
     def _stops_after(self, node: fx.Node) -> bool:

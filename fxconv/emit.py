@@ -176,6 +176,12 @@ class Emitter:
             node = self.writer.write(step, node)
         return node
 
+    def _arranged(self, v: Value, node: fx.Node, have: Layout, want: Layout) -> fx.Node:
+        """The tensor of a value, brought from the layout that it came out in to another."""
+        chain = Chain(v.sizes, have)
+        chain.to(want)
+        return self._chain(chain.steps, node)
+
     def _emit(self, v: Value) -> tuple[fx.Node, Layout]:
         """The tensor of a value: its node and layout, written if it is not there yet."""
         found = self.tensors.get(v)
@@ -229,12 +235,6 @@ class Emitter:
             return node, layout
         plan = plan_view(t.node, layout)
         return self._chain(plan.steps, node), plan.layout
-
-    def _arranged(self, x: Value, node: fx.Node, have: Layout, want: Layout) -> fx.Node:
-        """A tensor in another layout; from the one that it was written in, which with a bias need not be the planned one."""
-        chain = Chain(x.sizes, have)
-        chain.to(want)
-        return self._chain(chain.steps, node)
 
     def _emit_sum(self, node: Sum) -> tuple[fx.Node, Layout]:
         state = self.state

@@ -49,6 +49,7 @@ def lift_operator(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     Raises:
         LiftError: it has none, with the reason.
     """
+    import fxconv.operators_composite
     import fxconv.operators_linear
     import fxconv.operators_norm
     import fxconv.operators_window
@@ -210,14 +211,16 @@ def _div(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     a, b = op.inputs
     if not lifter.is_constant(b):
         raise LiftError("a quotient by an activation is not affine")
-    k = lifter.kernel(b)
-    if k.uniform is not None:
-        if k.uniform == 0:
-            raise LiftError("division by zero")
-        inverse = kernels.uniform(k.shape, 1.0 / k.uniform)
-    else:
-        inverse = kernels.derive(k.shape, "reciprocal", (k,), lambda: k.tensor().reciprocal())
-    return multiply(lifter.ref(a), inverse, out_shape(node))
+    return multiply(lifter.ref(a), reciprocal(lifter.kernel(b)), out_shape(node))
+
+
+def reciprocal(k: kernels.Kernel) -> kernels.Kernel:
+    """1 / k."""
+    if k.uniform is None:
+        return kernels.derive(k.shape, "reciprocal", (k,), lambda: k.tensor().reciprocal())
+    if k.uniform == 0:
+        raise LiftError("division by zero")
+    return kernels.uniform(k.shape, 1.0 / k.uniform)
 
 
 def multiply(ref: Ref, k: kernels.Kernel, shape: tuple[Size, ...]) -> Ref:

@@ -79,6 +79,10 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
         return [Step("avg_pool", in_shape, shape, attrs={"kernel": tuple(op.attrs["kernel"])})]
     if op.name in ("adaptive_avg_pool", "mean", "sum"):
         return [Step("mean", in_shape, shape)]
+    if op.name == "repeat_interleave":
+        return [Step("nearest", in_shape, shape)]
+    if op.name == "repeat":
+        return [Step("expand", in_shape, shape), Step("copy", shape, shape)]
     if op.name == "interpolate":
         kind = "nearest" if str(op.attrs["mode"]).startswith("nearest") else "interpolate"
         return [Step(kind, in_shape, shape, attrs={"mode": op.attrs["mode"]})]

@@ -154,18 +154,24 @@ class Search:
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        if best is None or best[0] > start - self._least_gain(v, best[1]):
+        least = self._least_gain(v, best[1]) if best is not None else 0.0
+        if best is None or best[0] > start - least:
             self.untaken[v] = self._losses(v)
             return []
         self.untaken.pop(v, None)
         touched: list[Value] = []
+        applied = {x: self.applied.get(x, [])[:] for x, _, _ in best[1]}
         launches = state.total.launches
         for x, new, law in best[1]:
             touched += self._take(x, new, law)
         more = state.total.launches - launches
-        if state.objective == "latency" and more > 0 and start - state.score() < LAUNCH_WORTH * more:
-            # Small multiply-adds saved by many more operators is where the model of a device is least to be trusted.
+        gained = start - state.score()
+        # Small multiply-adds saved by many more operators is where the model of a device is least to be trusted.
+        doubtful = state.objective == "latency" and more > 0 and gained < LAUNCH_WORTH * more
+        # What a slice costs depends on who reads it, and on the way here that may have been someone else.
+        if doubtful or gained < 0.5 * least:
             state.undo(mark)
+            self.applied.update(applied)
             return []
         logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
         return self._neighbourhood(touched)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxconv import spelling_layout, spelling_math  # noqa: F401  (importing them fills the registry)
+from fxconv import spelling_composite, spelling_layout, spelling_math  # noqa: F401  (importing them fills the registry)
 from fxconv.spelling_common import (
     ATEN,
     FUNCTIONS,
@@ -37,6 +37,9 @@ OPERATORS: Mapping[str, str] = {
     "matmul": "a, b (torch.matmul)",
     "addmm": "c, a, b; beta, alpha (beta·c + alpha·matmul(a, b))",
     "addcmul": "c, a, b; value (c + value·a·b)",
+    "addcdiv": "c, a, b; value (c + value·a/b)",
+    "lerp": "a, b, weight (a + weight·(b - a))",
+    "where": "condition, a, b",
     "einsum": "operands…; equation",
     "batch_norm": "x, weight, bias, mean, var; eps",
     "norm_affine": "x, weight, bias; kind, eps, normalized_shape or groups",
@@ -62,6 +65,10 @@ OPERATORS: Mapping[str, str] = {
     "permute": "x; dims",
     "expand": "x; shape",
     "roll": "x; shifts, dims",
+    "repeat": "x; counts",
+    "repeat_interleave": "x; dim, count",
+    "rot90": "x; k, dims",
+    "cumsum": "x; dim",
     "flip": "x; dims",
     "pixel_shuffle": "x; factor",
     "pixel_unshuffle": "x; factor",
@@ -99,10 +106,10 @@ _USER_NAMES = {
 }
 
 _LINEAR_NOT_LIFTED = {
-    "repeat_interleave", "index", "gather", "take_along_dim", "fold", "col2im", "cumsum", "scatter",
+    "index", "gather", "take_along_dim", "fold", "col2im", "scatter",
     "scatter_add", "index_add", "index_copy", "index_put", "diagonal", "tril",
-    "triu", "masked_fill", "where", "grid_sampler", "grid_sampler_2d", "grid_sample", "fft_fft2", "rot90", "kron",
-    "tensordot", "as_strided", "hstack", "vstack", "dstack", "column_stack", "block_diag", "lerp", "outer", "meshgrid",
+    "triu", "grid_sampler", "grid_sampler_2d", "grid_sample", "fft_fft2", "kron",
+    "as_strided", "block_diag", "outer", "meshgrid",
 }  # fmt: skip
 
 

@@ -434,15 +434,6 @@ def flip_named(c: Context, input: Any) -> Op:
     return c.make("flip", (input,), dims=(1 if c.opname == "fliplr" else 0,))
 
 
-@spelling("repeat", "tile")
-def repeat(c: Context, input: Any, *repeats: Any, **kwargs: Any) -> Op | Barrier:
-    given = repeats or tuple(kwargs.values())
-    items = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
-    if len(items) <= c.rank(input) and all(not isinstance(r, fx.Node) and r == 1 for r in items):
-        return c.make("identity", (input,))
-    return Barrier(f"{c.opname} copies elements: linear, but not lifted")
-
-
 @spelling("pixel_shuffle")
 def pixel_shuffle(c: Context, input: Any, upscale_factor: Any) -> Op:
     return c.make("pixel_shuffle", (input,), factor=c.integer(upscale_factor))

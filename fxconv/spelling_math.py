@@ -105,11 +105,6 @@ def einsum(c: Context, equation: Any, *operands: Any, path: Any = None, tensors:
     return c.make("einsum", items, equation=equation.replace(" ", ""))
 
 
-@spelling("addcmul")
-def addcmul(c: Context, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Op:
-    return c.make("addcmul", (input, tensor1, tensor2), value=c.number(value))
-
-
 # ----------------------------------------------------------------- norms
 
 

@@ -7,7 +7,7 @@ depends on them; nothing else is recomputed. Every change is logged, so that a t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,10 +41,6 @@ from fxconv.sums import concatenated, plan_sum
 
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
 """The price of a node that no operator of the target computes."""
-
-INLINED = Price()
-"""The price of a selection that its readers write as a part of their concatenation; known by its identity."""
-
 
 @dataclass(frozen=True)
 class Original:
@@ -549,6 +545,9 @@ class State:
                     if isinstance(u.node, View) and isinstance(x.node, Map):
                         # A sum may give the map its bias, through the view.
                         queue.extend(w for w in self.users.get(u, ()) if isinstance(w.node, Sum) and not self.unchanged(w))
+                for part in self._parts_beside(x):
+                    before.setdefault(part, (self.prices.get(part), self.layouts.pop(part, None)))
+                    queue.append(part)
         seen: set[Value] = set()
         while queue:
             x = queue.pop()
@@ -563,13 +562,6 @@ class State:
             if x not in self.uses:
                 self.layouts.pop(x, None)
                 continue
-            for t in operands(x.node) if isinstance(x.node, Sum) else ():
-                if t in self.prices and is_selection(t.node) and (self.prices[t] is INLINED) != self._inlined(t):
-                    # Its layout was that of what it selects from, or is from now on.
-                    before.setdefault(t, (self.prices[t], self.layouts.get(t)))
-                    self.layouts.pop(t, None)
-                    seen.discard(t)
-                    queue.append(t)
             layout = self.layouts.get(x)
             price = self._price(x)
             self.prices[x] = price
@@ -579,6 +571,12 @@ class State:
                     if user in seen and not self.unchanged(user):
                         seen.discard(user)
                     queue.append(user)
+
+    def _parts_beside(self, x: Value) -> Iterator[Value]:
+        """Terms that sums add to x and that a concatenation may write itself, which hangs on what x is."""
+        for u in self.users.get(x, ()):
+            if isinstance(u.node, Sum) and not self.unchanged(u):
+                yield from (t for t in u.node.terms if isinstance(t.node, Map) and is_selection(t.node))
 
     def anchored(self, v: Value) -> bool:
         """Whether nodes of the original graph read v, so that it must come in the original's dims."""
@@ -624,7 +622,7 @@ class State:
         if isinstance(node, Map) and is_selection(node) and self._inlined(v):
             # The concatenation reads the operand itself.
             self.layouts[v] = self.layout(node.x)
-            return INLINED
+            return Price()
         found = self._map_price(v)
         if found is None:
             self.layouts[v] = tuple((i,) for i in range(v.rank))

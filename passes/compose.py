@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import compose
-from fxconv.expr import Map, Value, has_resample
+from fxconv.algebra import join
+from fxconv.expr import Map, Value
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
 
 
@@ -24,11 +24,11 @@ def _compose(v: Value, context: Context) -> Iterator[Outcome]:
     if found is None:
         return
     outer, view, x = found
-    if not isinstance(x.node, Map) or has_resample(outer) != has_resample(x.node):
-        # Resampling keeps its own operator; `commute` moves maps past it.
+    if not isinstance(x.node, Map):
         return
-    result = compose(outer, x.node, view)
-    yield Refusal(result) if isinstance(result, str) else result
+    result = join(outer, x.node, view)
+    if result is not None:
+        yield Refusal(result) if isinstance(result, str) else result
 
 
 law = Law("compose", _compose)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import compose, map_constant, meet, normal, view_constant
+from fxconv.algebra import join, map_constant, meet, normal, view_constant
 from fxconv.expr import Const, Map, Sum, Value, View, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.passes.commute import exchange
@@ -36,9 +36,9 @@ def _plain(m: Map, between: View | None, t: Value) -> Value:
 
 def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
     """The map (after a view) of one term that is no constant."""
-    if isinstance(t.node, Map) and (absorb or is_selection(t.node)) and has_resample(m) == has_resample(t.node):
-        composed = compose(m, t.node, between)
-        if not isinstance(composed, str):
+    if isinstance(t.node, Map) and (absorb or is_selection(t.node)):
+        composed = join(m, t.node, between)
+        if isinstance(composed, Value):
             return composed
     return _plain(m, between, t)
 
@@ -64,9 +64,8 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
             swapped = exchange(met) if not isinstance(met, str) else None
             if swapped is not None:
                 return _below(swapped, context, depth)
-        # Resampling keeps its own operator: nothing is multiplied into it.
-        composed = compose(m, t.node, between) if has_resample(m) == has_resample(t.node) else ""
-        if not isinstance(composed, str):
+        composed = join(m, t.node, between)
+        if isinstance(composed, Value):
             return _further(composed, context, depth)
     return _plain(m, between, t)
 

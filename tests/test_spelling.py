@@ -48,6 +48,12 @@ def execute(op: Op, x: list[Any], like: torch.Tensor) -> torch.Tensor:
             return a["beta"] * x[0] + a["alpha"] * torch.matmul(x[1], x[2])
         case "addcmul":
             return x[0] + a["value"] * x[1] * x[2]
+        case "addcdiv":
+            return x[0] + a["value"] * x[1] / x[2]
+        case "lerp":
+            return x[0] + x[2] * (x[1] - x[0])
+        case "where":
+            return torch.as_tensor(torch.where(x[0], *x[1:]), dtype=like.dtype)
         case "einsum":
             return torch.einsum(a["equation"], *x)
         case "batch_norm":
@@ -121,6 +127,14 @@ def execute(op: Op, x: list[Any], like: torch.Tensor) -> torch.Tensor:
             return x[0].roll(a["shifts"], a["dims"])
         case "flip":
             return x[0].flip(a["dims"])
+        case "repeat":
+            return x[0].repeat(a["counts"])
+        case "repeat_interleave":
+            return x[0].repeat_interleave(a["count"], a["dim"])
+        case "rot90":
+            return x[0].rot90(a["k"], a["dims"])
+        case "cumsum":
+            return x[0].cumsum(a["dim"])
         case "pixel_shuffle" | "pixel_unshuffle":
             return getattr(F, op.name)(x[0], a["factor"])
         case "channel_shuffle":
@@ -309,6 +323,16 @@ ROWS: list[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]], set[str]]]
     ("t", lambda: Fn1(lambda m, x: x.t() + x.T + torch.swapaxes(x, 0, 1)), [(3, 3)], {"permute"}),
     ("expand", lambda: Fn1(lambda m, x: x.mean(1, True).expand(-1, 4, -1, -1)), [IMAGE], {"expand"}),
     ("roll flip", lambda: Fn1(lambda m, x: torch.roll(x, (1, -2), (2, 3)).flip(1)), [IMAGE], {"roll", "flip"}),
+    ("copies", lambda: Fn1(lambda m, x: x.repeat(2, 1, 3).tile(2).repeat_interleave(2, -1)), [(2, 3, 5)],
+     {"repeat", "repeat_interleave"}),
+    ("rot90 cumsum", lambda: Fn1(lambda m, x: x.rot90(1, (2, 3)).rot90(-1, (1, 3)).cumsum(-2)), [IMAGE],
+     {"rot90", "cumsum"}),
+    ("mixtures", lambda: Fn2(lambda m, x, y: torch.addcdiv(torch.lerp(x, y, 0.3), x, y).lerp(y, x.addcmul(x, y))),
+     [IMAGE, IMAGE], {"lerp", "addcdiv", "addcmul"}),
+    ("where", lambda: Fn1(lambda m, x: torch.where(m.w, x, 0.5).masked_fill(m.w, 2.0), w=torch.arange(10) % 3 == 1),
+     [IMAGE], {"where"}),
+    ("tensordot", lambda: Fn1(lambda m, x: torch.inner(torch.tensordot(x, m.w, ([1, 3], [0, 1])), m.w[0]),
+                              w=torch.randn(6, 10, 10)), [IMAGE], {"einsum"}),
     ("pixel_shuffle", lambda: nn.PixelShuffle(2), [(2, 8, 3, 5)], {"pixel_shuffle"}),
     ("pixel_unshuffle", lambda: nn.PixelUnshuffle(2), [IMAGE], {"pixel_unshuffle"}),
     ("channel_shuffle", lambda: nn.ChannelShuffle(3), [IMAGE], {"channel_shuffle"}),
@@ -379,7 +403,7 @@ BARRIERS: list[tuple[str, nn.Module, str]] = [
     ("mixed", Fn1(lambda m, x: x + m.w, w=torch.randn(10)), "mixed dtypes: float32 and float64"),
     ("bool", Fn1(lambda m, x: x > 0), "dtype bool"),
     ("complex", Fn1(lambda m, x: torch.fft.fft(x)), "dtype complex128"),
-    ("repeat", Fn1(lambda m, x: x.repeat(1, 2, 1, 1)), "repeat"),
+    ("repeat", Fn1(lambda m, x: x.repeat_interleave(2)), "repeat_interleave of the flattened tensor"),
     ("dropout", Fn1(lambda m, x: F.dropout(x)), "training=True"),
     ("detach", Fn1(lambda m, x: x.detach()), "gradient"),
     ("adaptive_max", nn.AdaptiveMaxPool2d(2), "AdaptiveMaxPool2d"),
