@@ -325,7 +325,8 @@ class Meeting:
     """Two maps, the view between them resolved: input slot k of ``outer`` is output slot ``perm[k]`` of ``inner``.
 
     Attributes:
-        in_splits: how the inner operand's slots split into the inner map's input slots.
+        x: what the inner map reads.
+        in_splits: how the slots of x split into the inner map's input slots.
         out_splits: how the result's slots group the first ``count`` output slots of ``outer``; the others have size 1
             and are dropped.
     """
@@ -333,6 +334,7 @@ class Meeting:
     outer: Raw
     perm: tuple[int, ...]
     inner: Raw
+    x: Value
     in_splits: Splits
     out_splits: Splits
     count: int
@@ -340,6 +342,58 @@ class Meeting:
 
 def meet(outer: Map, inner: Map, between: View | None = None) -> Meeting | str:
     """Refine two maps until each input slot of the outer one is an output slot of the inner one, or say why not."""
+    met = _meet(outer, inner, between)
+    if isinstance(met, str) and between is not None:
+        viewed_first = _behind_view(inner, between)
+        if viewed_first is not None:
+            return _meet(outer, *viewed_first)
+    return met
+
+
+def _behind_view(inner: Map, between: View) -> tuple[Map, View] | None:
+    """``view ∘ map`` as ``rest ∘ map ∘ merge``, where the view merges slots that the map keeps; None where it merges none.
+
+    ``flatten(2)`` of a BatchNorm is a BatchNorm of the flattened tensor: what slides along the flattened axis meets a map that
+    keeps that axis, rather than two that it can't slide along.
+    """
+    sources: dict[int, list[int]] = {}  # first slot of a merged group -> the inner operand's slots
+    slot_of = [o for o, split in enumerate(between.splits) for _ in split]
+    merged: set[int] = set()
+    for g in between.groups:
+        outs = [slot_of[a] for a in g]
+        found = [inner.roles[o] for o in outs]
+        whole = all(len(between.splits[o]) == 1 for o in outs)
+        if len(g) > 1 and whole and all(isinstance(r, Kept) for r in found):
+            sources[outs[0]] = [r.src for r in found if isinstance(r, Kept)]
+            merged.update(outs[1:])
+    if not sources:
+        return None
+    heads = {srcs[0]: srcs for srcs in sources.values()}
+    gone = {s for srcs in sources.values() for s in srcs[1:]}
+    left = [s for s in range(inner.x.rank) if s not in gone]
+    groups = tuple(tuple(heads.get(s, [s])) for s in left)
+    x = as_value(view(inner.x, tuple((n,) for n in inner.x.sizes), groups))
+    place = {s: i for i, s in enumerate(left)}
+    kept = [o for o in range(len(inner.roles)) if o not in merged]
+    roles = tuple(moved(r, place[r.src]) if not isinstance(r := inner.roles[o], New) else r for o in kept)
+    new = Map(x, roles, inner.kernel)
+    # The rest of the view: merged groups are one atom now.
+    number: dict[int, int] = {}
+    splits: list[tuple[Size, ...]] = []
+    a = 0
+    count = 0
+    for o, split in enumerate(between.splits):
+        if o not in merged:
+            splits.append((role_size(roles[kept.index(o)], x.sizes),) if o in sources else split)
+            for k in range(len(split)):
+                number[a + k] = count + k
+            count += len(split)
+        a += len(split)
+    rest = tuple(tuple(number[a] for a in g if a in number) for g in between.groups)
+    return new, View(Value(new), tuple(splits), rest)
+
+
+def _meet(outer: Map, inner: Map, between: View | None) -> Meeting | str:
     if between is None:
         sizes = raw(inner).out_sizes
         between_splits: Splits = tuple((s,) for s in sizes)
@@ -374,7 +428,7 @@ def meet(outer: Map, inner: Map, between: View | None = None) -> Meeting | str:
         # Size-1 slots of the inner map that the outer one doesn't see pass by it as kept slots.
         extra = tuple(Kept(len(order) + k) for k in range(len(dropped)))
         m2 = Raw((*m2.in_sizes, *(atoms[a] for a in dropped)), (*m2.roles, *extra), m2.kernel)
-    return Meeting(m2, (*order, *dropped), m1, in_splits, splits2, count)
+    return Meeting(m2, (*order, *dropped), m1, inner.x, in_splits, splits2, count)
 
 
 def compose(outer: Map, inner: Map, between: View | None = None) -> Value | str:
@@ -407,7 +461,7 @@ def _composed(m: Meeting, inner: Map) -> Value | str:
     composed = compose_raw(m.outer, m.perm, m.inner)
     if isinstance(composed, str):
         return composed
-    x = as_value(split_view(inner.x, m.in_splits))
+    x = as_value(split_view(m.x, m.in_splits))
     out = normal(x, composed.roles, composed.kernel)
     return regroup(out, m.out_splits, m.count)
 
@@ -720,3 +774,12 @@ def view_constant(v: View, c: Const) -> Const:
     sizes = tuple(product([atoms[a] for a in g]) for g in v.groups)
     kernel = kernels.reshape(kernel, [s for s, flag in zip(sizes, groups_vary, strict=True) if flag])
     return Const(sizes, groups_vary, kernel)
+
+
+def constant_before(v: View, c: Const) -> Const:
+    """The constant that a view shows as the given one; it varies along whole slots, so perhaps along more than it needs to."""
+    place = {a: i for i, a in enumerate(a for g in v.groups for a in g)}
+    splits = tuple(tuple(v.atoms[a] for a in g) for g in v.groups)
+    count = itertools.count()
+    groups = tuple(tuple(place[a] for _ in split if (a := next(count)) in place) for split in v.splits)
+    return view_constant(View(Value(c), splits, groups), c)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxconv.axes import Size, is_static, same, shape_of
+from fxconv.functional import has_effect
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _LIKE = ("reshape_as", "view_as", "expand_as")
@@ -39,21 +40,36 @@ def redirect_asks(gm: fx.GraphModule) -> None:
     """Let nodes that only ask a tensor for a size ask another tensor with that size, where that one is computed anyway."""
     nodes = list(gm.graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
-    asked = [n for n in nodes if n.op.startswith("call_") and n.users and all(_asks_of(u, n) for u in n.users)]
+    read = _read(gm)
+    asked = [n for n in nodes if n.op.startswith("call_") and n.users and n not in read]
     if not asked:
         return
-    idle = set(asked)
-    alive = [n for n in nodes if n not in idle and n.users and isinstance(n.meta.get("val"), torch.Tensor)]
+    alive = [n for n in nodes if n in read and n.users and isinstance(n.meta.get("val"), torch.Tensor)]
     alive = [n for n in alive if n.op != "get_attr"]
     for n in asked:
         if not isinstance(n.meta.get("val"), torch.Tensor):
             continue
         for ask in list(n.users):
+            if not _asks_of(ask, n):
+                continue
             if _is_like(ask):
                 _redirect_like(n, ask, alive, position)
                 continue
             for question, dim in _questions(ask):
                 _redirect(n, question, dim, alive, position)
+
+
+def _read(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values the outputs depend on; what only such nodes read that are asked for sizes is none of them."""
+    stack = [n for n in gm.graph.nodes if n.op in ("placeholder", "output") or has_effect(n, gm)]
+    read = set(stack)
+    while stack:
+        n = stack.pop()
+        for x in n.all_input_nodes:
+            if x not in read and not _asks_of(n, x):
+                read.add(x)
+                stack.append(x)
+    return read
 
 
 def _questions(ask: fx.Node) -> list[tuple[fx.Node, int | None]]:

@@ -228,6 +228,14 @@ class Emitter:
             raise AssertionError(f"no operator computes {v}: {v.node.roles}")
         return self._chain(plan.steps, x), plan.layout
 
+    def _emit_biased(self, t: Value, m: Value, bias: Const) -> tuple[fx.Node, Layout]:
+        """A term of a sum that is a map, itself or through a view, with the sum's constant added by the map's operator."""
+        node, layout = self._emit_map(m, bias)
+        if not isinstance(t.node, View):
+            return node, layout
+        plan = plan_view(t.node, layout)
+        return self._chain(plan.steps, node), plan.layout
+
     def _emit_sum(self, node: Sum) -> tuple[fx.Node, Layout]:
         state = self.state
         plan = plan_sum(node, state.layout, state.alone)
@@ -244,9 +252,8 @@ class Emitter:
                 tensor = self.writer.cat(xs, part.step.attrs["dim"])
             else:
                 t = part.values[0]
-                bias = part.bias.node if part.bias is not None else None
-                found = self._emit_map(t, bias) if isinstance(bias, Const) else self._emit(t)
-                tensor = self._arranged(t, *found, plan.layout)
+                made = self._emit(t) if part.bias is None else self._emit_biased(t, *part.bias)
+                tensor = self._arranged(t, *made, plan.layout)
             total = tensor if total is None else self.writer.add(total, tensor)
         for step in constants:
             if total is None:

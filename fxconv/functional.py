@@ -361,6 +361,16 @@ _SCATTERS: dict[Any, Any] = {
 _SAME_SIZE = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
+def _whole(view: fx.Node) -> bool:
+    """Whether a view holds all of what it views, in the same places: ``y[:]`` is y."""
+    if view.target in _SAME_SIZE:
+        return True
+    source: Any = view.args[0]
+    whole, part = source.meta.get("val"), view.meta.get("val")
+    same = isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and _same_shape(whole, part)
+    return same and view.target is aten.slice.Tensor
+
+
 def _chain(value: fx.Node) -> list[fx.Node]:
     """The views between the base and ``value``, innermost (nearest to the base) first."""
     chain: list[fx.Node] = []
@@ -383,8 +393,9 @@ def _scatter_base(value: fx.Node, later: set[fx.Node]) -> fx.Node | None:
 def _scatter_back(gm: fx.GraphModule, node: fx.Node, value: fx.Node, base: fx.Node, storages: _Storages) -> None:
     """Write the new part back: base' = scatter(base, part'), and let later readers of base read base'."""
     part = node
-    for view in reversed(_chain(value)):
-        if view.target in _SAME_SIZE:
+    chain = _chain(value)
+    for view in reversed(chain):
+        if _whole(view):
             continue
         source: Any = view.args[0]
         with gm.graph.inserting_after(part):
@@ -395,6 +406,9 @@ def _scatter_back(gm: fx.GraphModule, node: fx.Node, value: fx.Node, base: fx.No
         storages.add(scattered, like=base, at=node)
         part = scattered
     base.replace_all_uses_with(part, delete_user_cb=lambda user: storages.after(user, node))
+    for view in reversed(chain):
+        if not view.users:  # they were taken only to be written to, and would keep alive what they view
+            gm.graph.erase_node(view)
 
 
 # ----------------------------------------------------------------- and back in

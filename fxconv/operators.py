@@ -52,7 +52,8 @@ def lift_operator(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     import fxconv.operators_composite
     import fxconv.operators_linear
     import fxconv.operators_norm
-    import fxconv.operators_window  # noqa: F401
+    import fxconv.operators_window
+    import fxconv.operators_write  # noqa: F401
 
     if op.name not in RULES:
         raise LiftError(f"{op.name} is not affine")

@@ -89,6 +89,7 @@ class Search:
     applied: dict[Value, list[str]] = field(default_factory=dict)
     untaken: dict[Value, dict[str, Missed]] = field(default_factory=dict)
     _tried: list[Trial] = field(default_factory=list)
+    _path: set[Value] = field(default_factory=set)
     _trials: int = 0
     _looks: int = 0
     _reach: float = 0.0
@@ -251,8 +252,7 @@ class Search:
                 yield from self.state.users.get(u, ())
 
     def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
-        """The steps that the laws propose at v; those of a list are taken together. Late laws, and going back to
-        the original graph, come first or not at all."""
+        """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
         found: list[list[Step]] = []
         for law in self.laws:
             if law.late and not late:
@@ -266,7 +266,8 @@ class Search:
                     found.append([(x, new, law.name) for x, new in outcome.pairs])
                 else:
                     found.append([(v, outcome, law.name)])
-        if late and v in self.state.originals and not self.state.unchanged(v):
+        written_anew = v in self.state.restated and v not in self._path
+        if written_anew or late and v in self.state.originals and not self.state.unchanged(v):
             # What was worth it with other neighbours may not be any more.
             found.append([(v, None, "restore")])
         return [*found, *self._inner_proposals(v)]
@@ -358,7 +359,10 @@ class Search:
                 nearby = [x for x, _, _ in steps]
                 nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
                 nearby += [u for x, _, _ in steps for u in self._readers(x) if u not in nearby]
+                path = self._path
+                self._path = path | {x for x, _, _ in steps}
                 deeper = self._explore(nearby, depth - 1, start)
+                self._path = path
                 state.undo(mark)
                 if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):
                     best = (deeper[0] + margin, [*steps, *deeper[1]])

@@ -60,6 +60,7 @@ OPERATORS: Mapping[str, str] = {
     "slice": "x; dim, start, end, step",
     "index": "x; items",
     "select": "x; dim, index",
+    "write": "x, src; dim, start, step, select",
     "reshape": "x; shape (as written, or None), bare_squeeze",
     "permute": "x; dims",
     "expand": "x; shape",
@@ -106,7 +107,7 @@ _USER_NAMES = {
 
 _LINEAR_NOT_LIFTED = {
     "index", "gather", "take_along_dim", "fold", "col2im", "scatter",
-    "scatter_add", "index_add", "index_copy", "index_put", "slice_scatter", "select_scatter", "diagonal", "tril",
+    "scatter_add", "index_add", "index_copy", "index_put", "diagonal", "tril",
     "triu", "grid_sampler", "grid_sampler_2d", "grid_sample", "fft_fft2", "kron",
     "as_strided", "block_diag", "outer", "meshgrid",
 }  # fmt: skip

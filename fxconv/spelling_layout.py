@@ -202,6 +202,25 @@ def select(c: Context, input: Any, dim: Any, index: Any) -> Op:
     return make_select(c, input, c.dim(input, dim), index)
 
 
+@spelling("slice_scatter")
+def slice_scatter(
+    c: Context, input: Any, src: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Op:
+    dim = c.dim(input, dim)
+    bounds = slice_bounds(c, c.tensor(input).shape[dim], start, end, step)
+    if bounds is None:
+        return c.make("identity", (src,))
+    refuse_clamped(c.tensor(src).shape)
+    return c.make("write", (input, src), dim=dim, start=bounds[0], step=bounds[2], select=False)
+
+
+@spelling("select_scatter")
+def select_scatter(c: Context, input: Any, src: Any, dim: Any, index: Any) -> Op:
+    dim = c.dim(input, dim)
+    place = make_select(c, input, dim, index).attrs["index"]
+    return c.make("write", (input, src), dim=dim, start=place, step=1, select=True)
+
+
 def make_gather(c: Context, x: Any, dim: int, index: Any) -> Op | Barrier:
     """Entries of one dim by a vector of indices."""
     t = c.tensor(index)

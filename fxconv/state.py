@@ -42,7 +42,6 @@ from fxconv.sums import concatenated, plan_sum
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
 """The price of a node that no operator of the target computes."""
 
-
 @dataclass(frozen=True)
 class Original:
     """How the fx graph computes a value: its node there, the values that node reads, and its price.
@@ -250,6 +249,10 @@ class State:
             return None
         if self.target.full_kernel:
             return plans[0]
+        if bias is not None and len(plans) > 1:
+            # The sum that adds the bias is planned for the layout that the map has without.
+            plain = self.best_plan(v)
+            plans = [p for p in plans if plain is not None and p.layout == plain.layout] or plans
         wanted = self._wanted(v)
         return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._onward(v, p, wanted), self.objective))
 
@@ -537,7 +540,11 @@ class State:
                 queue.extend(t for t in operands(x.node) if t in self.uses and _flexible(t))
             # Who reads a value is priced by its kind, its layout and whether it is used once.
             if x is v or (count <= 1) != (self.uses.get(x, 0) <= 1):
-                queue.extend(self.users.get(x, ()))
+                for u in self.users.get(x, ()):
+                    queue.append(u)
+                    if isinstance(u.node, View) and isinstance(x.node, Map):
+                        # A sum may give the map its bias, through the view.
+                        queue.extend(w for w in self.users.get(u, ()) if isinstance(w.node, Sum) and not self.unchanged(w))
                 for part in self._parts_beside(x):
                     before.setdefault(part, (self.prices.get(part), self.layouts.pop(part, None)))
                     queue.append(part)
@@ -651,9 +658,9 @@ class State:
             steps += [p.step for p in plan.parts if p.step is not None]
             price = self._steps_price([*steps, *plan.adds])
             for p in plan.parts:
-                if p.bias is not None and isinstance(p.bias.node, Const):
+                if p.bias is not None:
                     # What the operator costs more with a bias than without: a scale becomes another one altogether.
-                    plain, biased = self.best_plan(p.values[0]), self.best_plan(p.values[0], p.bias.node)
+                    plain, biased = self.best_plan(p.bias[0]), self.best_plan(*p.bias)
                     if plain is not None and biased is not None:
                         price = price + self._steps_price(biased.steps) - self._steps_price(plain.steps)
             found = self._sum_prices[key] = price, plan.layout
@@ -664,6 +671,9 @@ class State:
         node = t.node
         if isinstance(node, Const):
             return node.sizes, node.varies
+        if isinstance(node, View) and isinstance(node.x.node, Map):
+            # Its map may carry a bias.
+            return t.sizes, node.splits, node.groups, self.layout(t), self.alone(t), self._term_key(node.x)
         if not isinstance(node, Map):
             return t.sizes, self.layout(t)
         key = (node.x.sizes, node.roles, node.kernel.uniform, gathered(node.kernel), self.alone(t), self.layout(t))

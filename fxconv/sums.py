@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fxconv.algebra import constant_before
 from fxconv.axes import Size, is_static
-from fxconv.expr import Const, Kept, Map, Sum, Value, Window, is_selection
+from fxconv.expr import Const, Kept, Map, Sum, Value, View, Window, is_selection
 from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
 
 
@@ -17,14 +18,14 @@ class Part:
     Attributes:
         kind: "term" (a value), "cat" (values side by side along ``slot``) or "const".
         values: the values that it reads; empty for a constant.
-        bias: a constant that the operator of the (only) value adds itself.
+        bias: the map that the (only) value is, perhaps through a view, and a constant that its operator adds itself.
         chains: per value, the steps that bring its tensor into the sum's layout.
         step: the concatenation, or the constant's addition (its weights), where there is one.
     """
 
     kind: str
     values: tuple[Value, ...]
-    bias: Value | None = None
+    bias: tuple[Value, Const] | None = None
     chains: tuple[tuple[Step, ...], ...] = ()
     step: Step | None = None
 
@@ -84,15 +85,38 @@ def _find_concatenated(node: Sum) -> _Groups:
     return groups
 
 
-def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> tuple[Value, Value] | None:
-    """The term whose operator adds the sum's constant for nothing, and the constant."""
+@dataclass(frozen=True)
+class Carrier:
+    """A term whose operator adds the sum's constant for nothing.
+
+    Attributes:
+        term: the term.
+        constant: the constant among the terms.
+        map: the term itself, or what it is a view of.
+        bias: the constant as the map's operator adds it.
+    """
+
+    term: Value
+    constant: Value
+    map: Value
+    bias: Const
+
+
+def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> Carrier | None:
+    """The term whose operator adds the sum's constant for nothing."""
     constants = [t for t in node.terms if isinstance(t.node, Const)]
     if len(constants) != 1 or not isinstance(constants[0].node, Const):
         return None
+    c = constants[0].node
+    through: Carrier | None = None
     for t in node.terms:
-        if isinstance(t.node, Map) and alone(t) and takes_bias(t.node, constants[0].node):
-            return t, constants[0]
-    return None
+        if isinstance(t.node, Map):
+            if alone(t) and takes_bias(t.node, c):
+                return Carrier(t, constants[0], t, c)
+        elif through is None and isinstance(t.node, View) and isinstance(t.node.x.node, Map):
+            if alone(t) and alone(t.node.x) and takes_bias(t.node.x.node, before := constant_before(t.node, c)):
+                through = Carrier(t, constants[0], t.node.x, before)
+    return through
 
 
 def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[Value], bool]) -> SumPlan:
@@ -131,7 +155,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
         dim = next(i for i, g in enumerate(layout) if slot in g)
         parts.append(Part("cat", tuple(sources), None, tuple(chains), Step("cat", shape, shape, attrs={"dim": dim})))
     for t in node.terms:
-        if t in in_cat or (carrier is not None and t is carrier[1]):
+        if t in in_cat or (carrier is not None and t is carrier.constant):
             continue
         if isinstance(t.node, Const):
             c = t.node
@@ -146,7 +170,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
             continue
         chain = Chain(t.sizes, layout_of(t))
         chain.to(layout)
-        bias = carrier[1] if carrier is not None and t is carrier[0] else None
+        bias = (carrier.map, carrier.bias) if carrier is not None and t is carrier.term else None
         parts.append(Part("term", (t,), bias, (tuple(chain.steps),)))
     shape = Chain(sizes, layout).shape()
     tensors = sum(p.kind != "const" for p in parts)

@@ -3,18 +3,22 @@
 ``y = S x + c, v₁ = M₁ y, v₂ = M₂ y ⇒ v₁ = (M₁S) x + M₁c, v₂ = (M₂S) x + M₂c``: an RMSNorm's weight into Q, K and V, a BatchNorm
 into every convolution that reads it.
 
-Exact where each composition is (see `compose`, `distribute`). Saves y, but only once its last reader has taken it in: one by
-one the steps gain nothing, so all are taken in one. Refused silently where some reader cannot: then y is computed anyway, and
-each of the others may still take it in by itself.
+A reader that changes places with the map, a pooling or a resampling of a scaled tensor, hands it on to its own readers:
+``z = P y, w = M z ⇒ w = (M S) P x + …``.
+
+Exact where each composition is (see `compose`, `distribute`, `commute`). Saves y, but only once its last reader has taken it
+in: one by one the steps gain nothing, so all are taken in one. Refused silently where some reader cannot: then y is computed
+anyway, and each of the others may still take it in by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import as_value, compose, map_constant, normal, view_constant
-from fxconv.expr import Const, Map, Sum, Value, View, view
+from fxconv.algebra import as_value, compose, map_constant, meet, normal, view_constant
+from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, view
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
+from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
 
 MOST = 16
@@ -60,18 +64,18 @@ def _through(m: Map, between: View | None, y: Value) -> Value | None:
     return make_sum(out)
 
 
-def _taken_in(u: Value, y: Value) -> Value | None:
-    """A reader of y that reads what y reads instead, or None."""
+def _taken_in(u: Value, y: Value, known: Value) -> Value | None:
+    """A reader of y that reads what y, known as another expression, reads instead; or None."""
     if isinstance(u.node, Map):
         found = mapped_operand(u)
-        return _through(found[0], found[1], y) if found is not None and found[2] is y else None
+        return _through(found[0], found[1], known) if found is not None and found[2] is y else None
     if not isinstance(u.node, Sum):
         return None
     terms: list[Value] = []
     for t in u.node.terms:
         found = mapped_operand(t)
         if found is not None and found[2] is y:
-            new = _through(found[0], found[1], y)
+            new = _through(found[0], found[1], known)
             if new is None:
                 return None
             terms += new.node.terms if isinstance(new.node, Sum) else (new,)
@@ -82,6 +86,52 @@ def _taken_in(u: Value, y: Value) -> Value | None:
     return make_sum(terms)
 
 
+def _handed_on(u: Value, y: Value, known: Value) -> Value | None:
+    """A pooling or resampling of y, known as a scale and a shift of x, as a scale and a shift of the pooled x; or None."""
+    found = mapped_operand(u)
+    if found is None or found[2] is not y:
+        return None
+    m, between, _ = found
+    if m.contracted or m.kernel.uniform is None or not any(isinstance(r, (Window, Resample)) for r in m.roles):
+        return None
+    out: list[Value] = []
+    for t in known.node.terms if isinstance(known.node, Sum) else (known,):
+        if isinstance(t.node, Map) and not t.node.contracted and all(isinstance(r, (Kept, Shared)) for r in t.node.roles):
+            met = meet(m, t.node, between)
+            swapped = exchange(met) if not isinstance(met, str) else None
+            if swapped is None or not isinstance(swapped.node, Map):
+                return None
+            out.append(swapped)
+        elif isinstance(t.node, Const):
+            c = t.node if between is None else view_constant(View(t, between.splits, between.groups), t.node)
+            image = map_constant(m, c)
+            if isinstance(image, str):
+                return None
+            out.append(Value(image))
+        else:
+            return None
+    return make_sum(out)
+
+
+def _all_taken_in(y: Value, known: Value, context: Context, depth: int = 2) -> list[tuple[Value, Value]] | None:
+    """What the readers of y become, where all of them can do without it; or None."""
+    readers = _readers(y, context)
+    if readers is None:
+        return None
+    pairs: list[tuple[Value, Value]] = []
+    for u in readers:
+        handed = _handed_on(u, y, known) if depth else None
+        further = _all_taken_in(u, handed, context, depth - 1) if handed is not None else None
+        if further is not None:
+            pairs += further
+            continue
+        new = _taken_in(u, y, known)
+        if new is None:
+            return None
+        pairs.append((u, new))
+    return pairs
+
+
 def _absorb(v: Value, context: Context) -> Iterator[Outcome]:
     if isinstance(v.node, Sum):
         if sum(not isinstance(t.node, Const) for t in v.node.terms) != 1:
@@ -90,16 +140,9 @@ def _absorb(v: Value, context: Context) -> Iterator[Outcome]:
         return
     if context.uses(v) < 2:
         return
-    readers = _readers(v, context)
-    if readers is None or len(readers) < 2:
-        return
-    pairs: list[tuple[Value, Value]] = []
-    for u in readers:
-        new = _taken_in(u, v)
-        if new is None:
-            return
-        pairs.append((u, new))
-    yield Joint(tuple(pairs))
+    pairs = _all_taken_in(v, v, context)
+    if pairs is not None and len(pairs) > 1:
+        yield Joint(tuple(pairs))
 
 
 law = Law("absorb together", _absorb)

@@ -31,12 +31,12 @@ def _commute(v: Value, context: Context) -> Iterator[Outcome]:
     if isinstance(m, str):
         yield Refusal(m)
         return
-    result = exchange(m, x.node)
+    result = exchange(m)
     if result is not None:
         yield result
 
 
-def exchange(m: Meeting, inner_map: Map) -> Value | None:
+def exchange(m: Meeting) -> Value | None:
     """``outer ∘ inner`` as ``inner' ∘ outer'``, or None where they act on a common axis."""
     outer, inner, perm = m.outer, m.inner, m.perm
     acts = {k for k in outer.contracted}
@@ -89,7 +89,7 @@ def exchange(m: Meeting, inner_map: Map) -> Value | None:
         assert isinstance(r1, Kept)
         columns.append((r1.src, outer_axes["in", k]))
     kernel_axes += [axis for _, axis in sorted(columns)]
-    base = as_value(split_view(inner_map.x, m.in_splits))
+    base = as_value(split_view(m.x, m.in_splits))
     first = normal(base, first_roles, kernels.permute(kernel, kernel_axes))
     # Then the inner map, on that.
     second_roles: list[Role] = []

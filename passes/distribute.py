@@ -61,7 +61,7 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
         if context.count(t.sizes) > context.count(t.node.x.sizes) and not is_selection(t.node):
             # Below what makes the tensor larger rather than into it.
             met = meet(m, t.node, between) if has_resample(t.node) or t.node.kernel.uniform is not None else ""
-            swapped = exchange(met, t.node) if not isinstance(met, str) else None
+            swapped = exchange(met) if not isinstance(met, str) else None
             if swapped is not None:
                 return _below(swapped, context, depth)
         composed = join(m, t.node, between)

@@ -112,6 +112,11 @@ def execute(op: Op, x: list[Any], like: torch.Tensor) -> torch.Tensor:
             return x[0][tuple(keys[k[0]](k) for k in a["items"])]
         case "select":
             return x[0].select(a["dim"], a["index"])
+        case "write":
+            if a["select"]:
+                return torch.select_scatter(x[0], x[1], a["dim"], a["start"])
+            end = a["start"] + x[1].shape[a["dim"]] * a["step"]
+            return torch.slice_scatter(x[0], x[1], a["dim"], a["start"], end, a["step"])
         case "reshape":
             return x[0].reshape(like.shape)
         case "permute":
@@ -305,6 +310,10 @@ ROWS: list[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]], set[str]]]
      {"slice"}),
     ("tensor_split", lambda: Fn1(lambda m, x: x.tensor_split(3, dim=1)[1]), [(2, 8, 3)], {"slice"}),
     ("unbind", lambda: Fn1(lambda m, x: x.unbind(1)[2]), [IMAGE], {"select"}),
+    ("slice_scatter", lambda: Fn1(lambda m, x: x.slice_scatter(x[:, 1:3] * 2, 1, 1, 3)), [IMAGE], {"write"}),
+    ("slice_scatter step", lambda: Fn1(lambda m, x: torch.slice_scatter(x, x[:, :1], 1, 0, 2, 2)), [IMAGE], {"write"}),
+    ("slice_scatter end", lambda: Fn1(lambda m, x: x.slice_scatter(x[:, :1], 1, -1)), [IMAGE], {"write"}),
+    ("select_scatter", lambda: Fn1(lambda m, x: x.select_scatter(x[:, 0], 1, -2)), [IMAGE], {"write"}),
     ("reshape", lambda: Fn1(lambda m, x: x.view(2, -1, 5).reshape(x.size(0), 3, -1).flatten(1).unflatten(1, (4, -1))),
      [IMAGE], {"reshape"}),
     ("flatten module", lambda: nn.Sequential(nn.Flatten(2), nn.Unflatten(1, (2, 3))), [IMAGE], {"reshape"}),
