@@ -34,6 +34,12 @@ class Pair:
     nodes: tuple[str, ...]
     homogeneous: bool
 
+    def let_go(self) -> None:
+        """Drop the weights: a graph module is freed by the garbage collector, at some time."""
+        for side in (self.original, self.replacement):
+            side._buffers.clear()
+            side._modules.clear()
+
 
 class Cutter:
     """Cuts the clusters of one emitted graph."""

@@ -53,6 +53,8 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
             verdicts[cluster.node] = verdict
             if verdict.status == "failed":
                 failed.append((cluster, verdict, pair))
+            if verdict.status != "failed" or options.verify != "raise":
+                pair.let_go()
             _release(outcome.emitted, cluster)
         outcome.verdicts = verdicts
         if not failed:

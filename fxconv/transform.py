@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxconv import kernel as kernels
 from fxconv.asks import asks_shape
 from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
@@ -181,6 +182,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     search = Search(state, _laws(options))
     search.run()
     state.retract_impossible()
+    kernels.forget()
     clock = _lap(timings, "search", clock)
     outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
     if options.trainable:
@@ -193,6 +195,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
         clock = _lap(timings, "measure", clock)
     if options.verify != "off":
         verify_clusters(outcome, symbols, options)
+        kernels.forget()
         _lap(timings, "verify rewrites", clock)
     return outcome
 

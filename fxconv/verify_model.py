@@ -20,7 +20,7 @@ dtype, is off by a quarter or of another size, only float64 with exact weights c
 
 Cost, in units of one sample: three passes of each model in float64, and one of the original for the noise where it is
 needed; three of the result in its own dtype and four of the original, whose result must be the same twice. Of float64
-models seven and three in all. Memory: one float64 copy at a time, and the outputs.
+models seven and three in all. Memory: one float64 copy at a time, of models above 4 GiB one float64 parameter, and the outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxconv.arithmetic import Perturb, Promote, Watch, as_float64, own_dtype, reference_arithmetic, undisturbed
+from fxconv.arithmetic import Perturb, Watch, float64_copy, float64_fits, own_dtype, reference_arithmetic, undisturbed
 from fxconv.errors import ArgsError, NotAModuleError
 from fxconv.judge import FACTOR, Judge, OutputError, Run
 from fxconv.model_inputs import Batches, fixed_batch
@@ -318,8 +318,8 @@ class _Comparison:
     def _size_hangs_on_rounding(self, run: Run) -> bool:
         """Whether the original's own outputs have other shapes in float64."""
         try:
-            with Promote():
-                wide, _ = self._call("original64", as_float64(self.original), list(map(_float64, run.inputs)), 1)
+            with float64_copy(self.original) as copied:
+                wide, _ = self._call("original64", copied, list(map(_float64, run.inputs)), 1)
         except Exception:  # noqa: BLE001 - then the difference is simply that
             return False
         return [getattr(x, "shape", None) for x in wide] != [getattr(x, "shape", None) for x in run.original]
@@ -333,21 +333,32 @@ class _Comparison:
             return
         for side, module in (("original64", self.original), ("result64", self.result)):
             try:
-                wide = as_float64(module)
-                if side == "result64" and self.exact is not None:
-                    _load(wide, self.exact() if callable(self.exact) else self.exact)
-                with undisturbed(wide) as self.restore, Promote():
-                    for run in runs:
-                        setattr(run, side, self._call(side, wide, list(map(_float64, run.inputs)), run.samples)[0])
-                    if side == "original64" and (self.dtype == torch.float64 or self.exact is not None):
-                        # One sample is enough: noise is measured relative to the output.
-                        runs[0].noise = self._noise(wide, runs[0])
-                del wide
+                whole = float64_fits(module)
+                try:
+                    self._run_wide(side, module, runs, whole)
+                except (RuntimeError, TypeError, ValueError):
+                    # Some modules (LSTM) compare dtypes before anything can widen their parameters.
+                    if whole:
+                        raise
+                    self._run_wide(side, module, runs, True)
             except ArgsError:
                 raise
             except Exception as error:  # noqa: BLE001
                 name = side.removesuffix("64")
                 raise _Stop("not verifiable", f"the {name} does not run in float64: {_text(error)}") from error
+
+    def _run_wide(self, side: str, module: nn.Module, runs: list[Run], whole: bool) -> None:
+        with float64_copy(module, whole=whole) as wide:
+            if side == "result64" and self.exact is not None:
+                _load(wide, self.exact() if callable(self.exact) else self.exact)
+            with undisturbed(wide) as self.restore:
+                for run in runs:
+                    found = self._call(side, wide, list(map(_float64, run.inputs)), run.samples)[0]
+                    # A model may return a parameter, which is about to go.
+                    setattr(run, side, [x.detach() if isinstance(x, torch.Tensor) else x for x in found])
+                if side == "original64" and (self.dtype == torch.float64 or self.exact is not None):
+                    # One sample is enough: noise is measured relative to the output.
+                    runs[0].noise = self._noise(wide, runs[0])
 
     def _noise(self, module: nn.Module, run: Run) -> list[Any]:
         """|O_δ − O| / δ for every floating output, of one draw; None for the others."""
@@ -378,7 +389,12 @@ class _Comparison:
 
 
 def _load(module: nn.Module, weights: Weights) -> None:
-    """Put float64 weights in place of the rounded ones, without a copy. Raises ArgsError for an unknown name."""
+    """Put float64 weights in place of the rounded ones, without a copy. Raises ArgsError for an unknown name.
+
+    The parameters may be those of the result itself, where they are too large for a copy: it is they that are replaced,
+    wherever they are tied, and not what they hold.
+    """
+    found: dict[int, Any] = {}
     for name, value in weights.items():
         owner: Any = module
         *path, leaf = name.split(".")
@@ -387,7 +403,14 @@ def _load(module: nn.Module, weights: Weights) -> None:
         stored = getattr(owner, leaf, None)
         if not isinstance(stored, torch.Tensor) or stored.shape != value.shape:
             raise ArgsError(f"the result has no weight {name} of shape {tuple(value.shape)}")
-        stored.data = value.detach().to(stored.device, torch.float64)
+        wide = value.detach().to(stored.device, torch.float64)
+        found[id(stored)] = nn.Parameter(wide, requires_grad=False) if isinstance(stored, nn.Parameter) else wide
+    for m in module.modules():
+        spaces: tuple[dict[str, Any], ...] = (m._parameters, m._buffers, vars(m))
+        for held in spaces:
+            for key, old in list(held.items()):
+                if isinstance(old, torch.Tensor) and id(old) in found:
+                    held[key] = found[id(old)]
 
 
 def _float64(x: Any) -> Any:

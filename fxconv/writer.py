@@ -93,8 +93,12 @@ class Writer:
     # -- parameters ---------------------------------------------------------------------------------------------------
 
     def rounded(self, k: Kernel) -> torch.Tensor:
-        """The kernel's values rounded once to the model's dtype, contiguous."""
-        return k.tensor().to(self.dtype).to(self.device).clone(memory_format=torch.contiguous_format)
+        """The kernel's values rounded once to the model's dtype, contiguous; the float64 ones are forgotten."""
+        value = k.tensor()
+        out = torch.empty(value.shape, dtype=self.dtype, device=self.device)
+        out.copy_(value)
+        k.release()
+        return out
 
     def parameter(self, k: Kernel, suffix: str) -> fx.Node:
         """A ``get_attr`` of a new parameter with the kernel's values; the same kernel is stored once."""
