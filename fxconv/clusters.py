@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,6 +23,16 @@ from fxconv.expr import Apply
 from fxconv.kernel import Kernel
 from fxconv.probe import InputSpec
 from fxconv.state import State
+
+
+class Side(fx.GraphModule):
+    """A graph module that interprets its graph: a check calls it three times, which is not worth generating code for."""
+
+    def recompile(self) -> Any:
+        return None
+
+    def forward(self, *args: Any) -> Any:
+        return fx.Interpreter(self, graph=self.graph).run(*args)
 
 
 @dataclass(frozen=True)
@@ -190,14 +201,16 @@ class Cutter:
                 env[node.name] = graph.node_copy(node, lambda n: env[n.name])
                 _widen_dtypes(env[node.name])
         graph.output((env[target.name],))
-        return fx.GraphModule(root, graph)
+        return Side(root, graph)
 
     def _double(self, source: fx.GraphModule, name: str, exact: dict[str, Kernel]) -> nn.Module:
-        module = copy.deepcopy(source.get_submodule(name)).double()
+        module = source.get_submodule(name)
+        memo: dict[int, Any] = {}
         for role in ("weight", "bias"):
             kernel = exact.get(f"{name}.{role}")
             if kernel is not None:
-                setattr(module, role, nn.Parameter(kernel.tensor().detach().clone(), requires_grad=False))
+                memo[id(getattr(module, role))] = nn.Parameter(kernel.tensor().detach(), requires_grad=False)
+        module = copy.deepcopy(module, memo).double()
         return module.eval()
 
 

@@ -14,6 +14,7 @@ from fxconv.emit import Cluster, Emitted
 from fxconv.errors import VerificationError
 from fxconv.options import Options
 from fxconv.outcome import Outcome, Symbols, emit, hand_back, parameters_of
+from fxconv.probe import Numbers
 from fxconv.rounding import check_rounding
 from fxconv.verify_cluster import Verdict, check_cluster
 from fxconv.verify_model import ModelVerdict, as_module, check_model
@@ -23,12 +24,13 @@ logger = logging.getLogger("fxconv")
 
 def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> None:
     """Check every rewrite; take back the ones that fail, and emit again without them, until all pass."""
+    numbers = Numbers(options.seed)
     # What is taken back may leave a smaller rewrite in its place, so the bound is on values rather than on clusters.
     for _ in range(len(outcome.state.originals) + 1):
         cutter = Cutter(outcome.state, outcome.captured.gm, outcome.emitted)
         failed: list[tuple[Cluster, Verdict, Pair]] = []
         verdicts: dict[str, Verdict] = {}
-        for i, cluster in enumerate(outcome.emitted.clusters):
+        for cluster in outcome.emitted.clusters:
             known = outcome.verdicts.get(cluster.node)
             if known is not None and not outcome.rolled_back:
                 verdicts[cluster.node] = known
@@ -40,7 +42,7 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
                 pair.replacement,
                 pair.inputs,
                 symbols=symbols,
-                seed=options.seed + i,
+                numbers=numbers,
                 affine=not pair.homogeneous,
                 positively_homogeneous=pair.homogeneous,
             )

@@ -1,4 +1,4 @@
-"""What verifying holds in memory: one float64 model at a time, none between its stages, and none at all of a large one."""
+"""What verifying takes: passes of each model, and memory for one float64 model at a time, none of it of a large one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from helpers import draw, randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxconv
 from fxconv import arithmetic
-from fxconv.arithmetic import float64_copy
+from fxconv.arithmetic import Work, float64_copy
 from fxconv.verify import check_model
 
 WIDE = 160
@@ -89,6 +90,28 @@ def test_no_float64_weight_outlives_its_stage(capture: str, frozen: None, monkey
     assert len(report.applied) == 4 and report.verified
     assert {stage: left for stage, (_, left) in found.items() if left > 0.01} == {}
     assert found["emit"][0] <= 0.8 and found["verify_clusters"][0] <= 1.3 and found["verify_model"][0] <= 1.1, found
+
+
+def test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes and the whole-model check each take at most four passes in float64 and four in float32, of one sample."""
+    model, x = torchvision.models.resnet18(weights=None).eval(), torch.randn(1, 3, 224, 224)
+    stages = sys.modules["fxconv.transform"]
+    verify_clusters = stages.verify_clusters
+    with torch.no_grad(), Work() as once:
+        model(x)
+    counted = Work()
+
+    def call(*args: Any) -> Any:
+        with counted:
+            return verify_clusters(*args)
+
+    monkeypatch.setattr(stages, "verify_clusters", call)
+    report = fxconv.report(fxconv.transform(model, x))
+    assert report.verified and len(report.applied) >= 16
+    passes = report.verification["passes"]
+    assert max(passes.values()) <= 4
+    # The work of probes is in float64, of which a pass costs more than one in float32: four and four are more than six.
+    assert counted.total <= 5 * once.total, counted.total / once.total
 
 
 class Attention(nn.Module):
