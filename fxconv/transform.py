@@ -187,6 +187,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
     if options.trainable:
         _keep_reversible(outcome)
+    _refuse_unfit(outcome)
     clock = _lap(timings, "emit", clock)
     if options.measure:
         judge = Judge(captured.gm, state, lambda: emit(captured, state), sizes)
@@ -212,6 +213,23 @@ def _keep_reversible(outcome: Outcome) -> None:
             return
         for c in mixed:
             outcome.state.restore(c.value)
+        outcome.emitted = emit(outcome.captured, outcome.state)
+        outcome.after = outcome.state.total
+
+
+def _refuse_unfit(outcome: Outcome) -> None:
+    """Take back the rewrites whose weights the model's dtype cannot hold, whether or not anything is verified."""
+    for _ in range(len(outcome.state.originals) + 1):
+        found = False
+        for c in outcome.emitted.clusters:
+            weights = [outcome.emitted.parameters[name] for name in parameters_of(outcome.emitted, c)]
+            reasons = [outcome.emitted.unfit[k] for k in weights if k in outcome.emitted.unfit]
+            if reasons:
+                outcome.refused.append((c, reasons[0]))
+                outcome.state.restore(c.value)
+                found = True
+        if not found:
+            return
         outcome.emitted = emit(outcome.captured, outcome.state)
         outcome.after = outcome.state.total
 
