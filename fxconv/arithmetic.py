@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
-    "WHOLE", "Perturb", "Promote", "Watch", "Work", "as_float64", "float64_copy", "float64_fits", "own_dtype",
-    "reference_arithmetic", "undisturbed",
+    "WHOLE", "Perturb", "Promote", "Watch", "Work", "as_float64", "float64_copy", "float64_fits", "float64_run",
+    "own_dtype", "reference_arithmetic", "undisturbed",
 ]  # fmt: skip
 
 _WIDER = {
@@ -215,20 +215,26 @@ def as_float64(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def float64_copy(module: nn.Module, *, whole: bool = True) -> Iterator[nn.Module]:
-    """`as_float64` to be run in the block, under `Promote`; its memory is free again when the block ends.
+    """`as_float64`, whose memory is free again when the block ends: a graph module waits for the garbage collector.
 
-    (A graph module waits for the garbage collector.) ``whole=False`` copies buffers only and shares the parameters, which
-    are then widened node by node, as they are read.
+    ``whole=False`` copies buffers only and shares the parameters: run it under `float64_run`, which widens them node by
+    node, as they are read.
     """
     tensors = {id(t): t for t in _tensors(module)}
     shared = {} if whole else {key: t for key, t in tensors.items() if isinstance(t, nn.Parameter)}
     made = {key: _float64(t) for key, t in tensors.items() if key not in shared}
     try:
-        with Promote(), contextlib.nullcontext() if whole else PromoteParameters():
-            yield _copied(module, {**made, **shared})
+        yield _copied(module, {**made, **shared})
     finally:
         for t in made.values():
             t.data = torch.empty(0, dtype=t.dtype, device=t.device)
+
+
+@contextlib.contextmanager
+def float64_run(*, whole: bool = True) -> Iterator[None]:
+    """The arithmetic that a float64 copy is to be run in."""
+    with Promote(), contextlib.nullcontext() if whole else PromoteParameters():
+        yield
 
 
 def float64_fits(module: nn.Module) -> bool:

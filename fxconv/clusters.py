@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxconv.axes import as_size, shape_of
-from fxconv.constants import Constants
+from fxconv.constants import Constants, default_dtype
 from fxconv.emit import Cluster, Emitted
 from fxconv.expr import Apply
 from fxconv.kernel import Kernel
@@ -26,13 +26,17 @@ from fxconv.state import State
 
 
 class Side(fx.GraphModule):
-    """A graph module that interprets its graph: a check calls it three times, which is not worth generating code for."""
+    """A graph module that interprets its graph: a check calls it three times, which is not worth generating code for.
+
+    What is made of python numbers alone (``arange(n) % 2 * 0.05``) is made in float64, as `Constants` makes it.
+    """
 
     def recompile(self) -> Any:
         return None
 
     def forward(self, *args: Any) -> Any:
-        return fx.Interpreter(self, graph=self.graph).run(*args)
+        with default_dtype(True):
+            return fx.Interpreter(self, graph=self.graph).run(*args)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_any, tree_map
 from fxconv.spelling import Param, base_name
 from fxconv.spelling_common import attribute
 
-__all__ = ["Constants", "depends_on_inputs"]
+__all__ = ["Constants", "default_dtype", "depends_on_inputs"]
 
 _RANDOM = {
     "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "native_dropout",
@@ -249,7 +249,7 @@ class Constants:
         # In-place ops would write into parameters: give them a copy of what they write to.
         if base_name(node, self.gm) + "_" == _raw_name(node) and args and isinstance(args[0], torch.Tensor):
             args = (args[0].clone(), *args[1:])
-        with torch.no_grad(), _default_dtype(wide):
+        with torch.no_grad(), default_dtype(wide):
             result = function(*args, **kwargs)
         return tree_map(_widen, result) if wide else result
 
@@ -275,7 +275,7 @@ def _raw_name(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-class _default_dtype:
+class default_dtype:
     """Factories without a dtype make float64 while widening, as the parameters are."""
 
     def __init__(self, wide: bool) -> None:

@@ -122,7 +122,7 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     if isinstance(model, fx.GraphModule) and _unchanged(captured.gm, outcome.emitted):
         result = structural_copy(model)  # nothing to do is nothing done: in the dialect and the order that it came in
     clock = time.perf_counter()
-    verdict = verify_model(model, result, captured, options)
+    verdict = verify_model(model, result, captured, options, outcome.emitted)
     if isinstance(verdict, ModelVerdict) and verdict.status == "failed" and outcome.emitted.clusters:
         outcome, result, verdict = find_guilty(model, captured, options, outcome, verdict)
     outcome.timings["verify model"] = time.perf_counter() - clock

@@ -63,6 +63,8 @@ def _looks(x: Any) -> Any:
     """What a fake result depends on in an argument."""
     if isinstance(x, torch.Tensor):
         return shape_of(x), tuple(as_size(s) for s in x.stride()), x.dtype, x.device
+    if isinstance(x, slice):  # which cannot be hashed before Python 3.12
+        return slice, *map(_looks, (x.start, x.stop, x.step))
     return (type(x), as_size(x) if isinstance(x, torch.SymInt) else x)
 
 

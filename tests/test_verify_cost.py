@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxconv
 from fxconv import arithmetic
-from fxconv.arithmetic import Work, float64_copy
+from fxconv.arithmetic import Work, float64_copy, float64_run
 from fxconv.verify import check_model
 
 WIDE = 160
@@ -168,7 +168,7 @@ def test_casting_node_by_node_is_casting_at_once(name: str, monkeypatch: pytest.
 def test_a_large_model_is_never_copied(frozen: None) -> None:
     model, x = net(), draw((2, 3, 6, 5))
     kernel = WIDE * WIDE * 9
-    with torch.no_grad(), float64_copy(model, whole=False) as wide, Most() as watch:
+    with torch.no_grad(), float64_copy(model, whole=False) as wide, float64_run(whole=False), Most() as watch:
         got = wide(x)
     assert got.dtype == torch.float64
     assert kernel <= watch.most <= 2.1 * kernel, watch.most / kernel
