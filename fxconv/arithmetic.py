@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Perturb", "Promote", "Watch", "as_float64", "own_dtype", "reference_arithmetic", "undisturbed"]
+__all__ = [
+    "WHOLE", "Perturb", "Promote", "Watch", "Work", "as_float64", "float64_copy", "float64_fits", "float64_run",
+    "own_dtype", "reference_arithmetic", "undisturbed",
+]  # fmt: skip
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -61,8 +65,6 @@ class Perturb(TorchDispatchMode):
         super().__init__()
         self.delta = delta
         self.everywhere = everywhere
-        self.work = 0
-        """Multiply-adds run so far, and one for each entry of a result."""
         self._generator = torch.Generator().manual_seed(seed)
 
     def noisy(self, t: torch.Tensor) -> torch.Tensor:
@@ -101,11 +103,7 @@ class Perturb(TorchDispatchMode):
                     self._perturb(t)
             return out
         args = tuple(self.noisy(a) if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in args)
-        out = func(*args, **kwargs)
-        self.work += sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-        if func._overloadpacket in flop_registry:
-            self.work += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
-        return pytree.tree_map_only(torch.Tensor, self.noisy, out)
+        return pytree.tree_map_only(torch.Tensor, self.noisy, func(*args, **kwargs))
 
 
 @functools.cache
@@ -113,6 +111,25 @@ def _random_numbers(device: torch.device) -> torch.Tensor:
     """A million numbers of mean 0 and variance 1, bounded by √3, of which every perturbation takes a stretch."""
     generator = torch.Generator().manual_seed(0)
     return ((torch.rand(2**20, generator=generator, dtype=torch.float64) * 2 - 1) * 3**0.5).to(device)
+
+
+class Work(TorchDispatchMode):
+    """Count multiply-adds, and one for each entry of a result that is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            self.total += sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
+        return out
 
 
 class Promote(TorchDispatchMode):
@@ -128,6 +145,20 @@ class Promote(TorchDispatchMode):
         args, kwargs = pytree.tree_map(_widen, (args, dict(kwargs or {})))
         out = func(*args, **kwargs)
         return out if func._schema.is_mutable else pytree.tree_map_only(torch.Tensor, _widen, out)
+
+
+class PromoteParameters(TorchFunctionMode):
+    """Widen parameters as a function is called on them: many check before they dispatch that dtypes agree."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__") or name.endswith("_") and not name.endswith("__"):
+            return func(*args, **(kwargs or {}))  # an attribute, or something that writes
+
+        args, kwargs = pytree.tree_map_only(nn.Parameter, _widen, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
 
 
 def _widen(x: Any) -> Any:
@@ -169,16 +200,49 @@ class Watch(TorchDispatchMode):
         return out
 
 
+WHOLE = 2**32
+"""Bytes that a float64 copy may take; of a larger model the parameters are widened node by node, as they are read."""
+
+
 def as_float64(module: nn.Module) -> nn.Module:
     """A copy of ``module`` with every floating tensor in float64, sharing no tensor with it. Run it under `Promote`.
 
     Each tensor is copied once, straight to float64: the peak is one float64 model. Tied parameters stay tied. Complex
     tensors become complex128; integers and booleans are copied. Raises TypeError where deepcopy does not take it.
     """
-    memo: dict[int, Any] = {}
-    for t in _tensors(module):
-        if id(t) not in memo:
-            memo[id(t)] = _float64(t)
+    return _copied(module, {id(t): _float64(t) for t in _tensors(module)})
+
+
+@contextlib.contextmanager
+def float64_copy(module: nn.Module, *, whole: bool = True) -> Iterator[nn.Module]:
+    """`as_float64`, whose memory is free again when the block ends: a graph module waits for the garbage collector.
+
+    ``whole=False`` copies buffers only and shares the parameters: run it under `float64_run`, which widens them node by
+    node, as they are read.
+    """
+    tensors = {id(t): t for t in _tensors(module)}
+    shared = {} if whole else {key: t for key, t in tensors.items() if isinstance(t, nn.Parameter)}
+    made = {key: _float64(t) for key, t in tensors.items() if key not in shared}
+    try:
+        yield _copied(module, {**made, **shared})
+    finally:
+        for t in made.values():
+            t.data = torch.empty(0, dtype=t.dtype, device=t.device)
+
+
+@contextlib.contextmanager
+def float64_run(*, whole: bool = True) -> Iterator[None]:
+    """The arithmetic that a float64 copy is to be run in."""
+    with Promote(), contextlib.nullcontext() if whole else PromoteParameters():
+        yield
+
+
+def float64_fits(module: nn.Module) -> bool:
+    """Whether a float64 copy takes at most `WHOLE` bytes."""
+    return sum(t.numel() for t in {id(t): t for t in _tensors(module)}.values()) * 8 <= WHOLE
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:  # deepcopy raises whatever the module's attributes raise

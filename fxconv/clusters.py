@@ -11,17 +11,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxconv.axes import as_size, shape_of
-from fxconv.constants import Constants
+from fxconv.constants import Constants, default_dtype
 from fxconv.emit import Cluster, Emitted
 from fxconv.expr import Apply
 from fxconv.kernel import Kernel
 from fxconv.probe import InputSpec
 from fxconv.state import State
+
+
+class Side(fx.GraphModule):
+    """A graph module that interprets its graph: a check calls it three times, which is not worth generating code for.
+
+    What is made of python numbers alone (``arange(n) % 2 * 0.05``) is made in float64, as `Constants` makes it.
+    """
+
+    def recompile(self) -> Any:
+        return None
+
+    def forward(self, *args: Any) -> Any:
+        with default_dtype(True):
+            return fx.Interpreter(self, graph=self.graph).run(*args)
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,12 @@ class Pair:
     inputs: tuple[InputSpec, ...]
     nodes: tuple[str, ...]
     homogeneous: bool
+
+    def let_go(self) -> None:
+        """Drop the weights: a graph module is freed by the garbage collector, at some time."""
+        for side in (self.original, self.replacement):
+            side._buffers.clear()
+            side._modules.clear()
 
 
 class Cutter:
@@ -186,14 +207,16 @@ class Cutter:
                 env[node.name] = graph.node_copy(node, lambda n: env[n.name])
                 _widen_dtypes(env[node.name])
         graph.output((env[target.name],))
-        return fx.GraphModule(root, graph)
+        return Side(root, graph)
 
     def _double(self, source: fx.GraphModule, name: str, exact: dict[str, Kernel]) -> nn.Module:
-        module = copy.deepcopy(source.get_submodule(name)).double()
+        module = source.get_submodule(name)
+        memo: dict[int, Any] = {}
         for role in ("weight", "bias"):
             kernel = exact.get(f"{name}.{role}")
             if kernel is not None:
-                setattr(module, role, nn.Parameter(kernel.tensor().detach().clone(), requires_grad=False))
+                memo[id(getattr(module, role))] = nn.Parameter(kernel.tensor().detach(), requires_grad=False)
+        module = copy.deepcopy(module, memo).double()
         return module.eval()
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_any, tree_map
 from fxconv.spelling import Param, base_name
 from fxconv.spelling_common import attribute
 
-__all__ = ["Constants", "depends_on_inputs"]
+__all__ = ["Constants", "default_dtype", "depends_on_inputs"]
 
 _RANDOM = {
     "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "native_dropout",
@@ -68,8 +68,12 @@ def _widen(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+_SMALL = 2**14
+"""Entries up to which a value is remembered: larger ones would come to whole float64 models."""
+
+
 class Constants:
-    """Constant evaluation in float64, memoised per node. Never changes the graph or its parameters."""
+    """Constant evaluation in float64; small values are memoised per node. Never changes the graph or its parameters."""
 
     def __init__(self, gm: fx.GraphModule, barriers: Mapping[str, str] | None = None) -> None:
         self.gm = gm
@@ -77,6 +81,8 @@ class Constants:
         self._constant: dict[fx.Node, bool] = {}
         self._wide: dict[Any, Any] = {}
         self._native: dict[Any, Any] = {}
+        self._passing: list[tuple[dict[Any, Any], Any]] = []
+        """What is forgotten once the value that was asked for is known."""
 
     # ------------------------------------------------------------- what is constant
 
@@ -160,22 +166,33 @@ class Constants:
         """
         if not self.is_constant(operand):
             raise ValueError(f"{operand} depends on the inputs of the model")
-        with torch.no_grad():
-            return self._evaluate(operand, wide=True)
+        return self._top(operand, wide=True)
 
     def native(self, operand: Any) -> Any:
         """The value as the model itself computes it, in its own dtype."""
         if not self.is_constant(operand):
             raise ValueError(f"{operand} depends on the inputs of the model")
+        return self._top(operand, wide=False)
+
+    def _top(self, operand: Any, wide: bool) -> Any:
         with torch.no_grad():
-            return self._evaluate(operand, wide=False)
+            found = self._evaluate(operand, wide)
+        while self._passing:
+            memo, key = self._passing.pop()
+            memo.pop(key, None)
+        return found
+
+    def _remember(self, memo: dict[Any, Any], key: Any, value: Any) -> None:
+        memo[key] = value
+        if _large(value):
+            self._passing.append((memo, key))
 
     def _evaluate(self, operand: Any, wide: bool) -> Any:
         memo = self._wide if wide else self._native
         if isinstance(operand, Param):
             if operand not in memo:
                 found = attribute(self.gm, operand.name)
-                memo[operand] = _widen(found) if wide else found.detach()
+                self._remember(memo, operand, _widen(found) if wide else found.detach())
             return memo[operand]
         if not isinstance(operand, fx.Node):
             return operand
@@ -189,7 +206,7 @@ class Constants:
             if missing:
                 stack.extend(missing)
                 continue
-            memo[top] = self._run(top, wide)
+            self._remember(memo, top, self._run(top, wide))
         return memo[operand]
 
     def _run(self, node: fx.Node, wide: bool) -> Any:
@@ -232,7 +249,7 @@ class Constants:
         # In-place ops would write into parameters: give them a copy of what they write to.
         if base_name(node, self.gm) + "_" == _raw_name(node) and args and isinstance(args[0], torch.Tensor):
             args = (args[0].clone(), *args[1:])
-        with torch.no_grad(), _default_dtype(wide):
+        with torch.no_grad(), default_dtype(wide):
             result = function(*args, **kwargs)
         return tree_map(_widen, result) if wide else result
 
@@ -245,13 +262,20 @@ class Constants:
         return torch.func.functional_call(module, widened, args, kwargs)
 
 
+def _large(value: Any) -> bool:
+    """Whether a value, or what it is a view of, takes much memory."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.untyped_storage().nbytes() > _SMALL * 8
+
+
 def _raw_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[-1]
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-class _default_dtype:
+class default_dtype:
     """Factories without a dtype make float64 while widening, as the parameters are."""
 
     def __init__(self, wide: bool) -> None:

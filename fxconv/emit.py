@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -46,6 +46,8 @@ class Emitted:
     gm: fx.GraphModule
     clusters: tuple[Cluster, ...]
     parameters: dict[str, Kernel]
+    unfit: dict[Kernel, str] = field(default_factory=dict)
+    """Kernels that the dtype of their parameter cannot hold, with the reason."""
 
 
 class Emitter:
@@ -96,7 +98,7 @@ class Emitter:
             # A value whose only readers absorbed it, or that is in another layout, is checked as a part of those.
             if c.result in alive and state.anchored(c.value)
         ]
-        return Emitted(self.gm, tuple(kept), self.writer.parameters)
+        return Emitted(self.gm, tuple(kept), self.writer.parameters, self.writer.unfit)
 
     def _clean(self) -> None:
         self._erase_dead()

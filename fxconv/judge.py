@@ -43,7 +43,8 @@ class Run:
     original64: list[Any] = dataclasses.field(default_factory=list)
     result64: list[Any] = dataclasses.field(default_factory=list)
     noise: list[Any] = dataclasses.field(default_factory=list)
-    """|O_δ − O| / δ of the original in float64; empty where it was not measured."""
+    """|O_δ − O| / δ of the original in float64, of what is no float whether it changed; None where the size did. Empty where
+    it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Judge:
     def _floats(self, name: str, k: int, runs: Sequence[Run]) -> OutputError:
         unstable = self._sizes(k, runs)
         if any(run.result64[k].shape != run.original64[k].shape for run in runs):
-            return OutputError(name, 0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), unstable or "its size hangs on rounding")
+            return self._of_another_size(name, k, runs, unstable)
         top = max(magnitude(run.original64[k]) for run in runs)
         rows: list[ErrorRow] = []
         for run in runs:
@@ -120,7 +121,7 @@ class Judge:
 
         wide = self.dtype == torch.float64
         sharp = wide or self.exact
-        ratio = limit = limit64 = 0.0
+        narrow = ratio = limit = limit64 = 0.0
         for norm in (1, 0):
             limit = self.factor * most(lambda r: r.original, norm) + FLOOR * _unit(self.dtype)
             limit64 = UNITS * (most(lambda r: r.noise, norm) + UNIT_ROUNDOFF) if sharp else limit
@@ -129,12 +130,15 @@ class Judge:
                 share = most(lambda r: r.original, norm)
                 unstable = f"the original itself is off by {share:.0%} in {_short(self.dtype)}"
             if not unstable:
-                ratio = max(ratio, most(lambda r: r.result, norm) / limit)
+                narrow = max(narrow, most(lambda r: r.result, norm) / limit)
             ratio = max(ratio, most(lambda r: r.result64, norm) / limit64)
+        if not unstable:
+            ratio = max(ratio, narrow)
         note = "" if top > 0 else "is empty or zero on every input: it says nothing of what leads to it"
-        if sharp and limit64 <= _UNSTABLE64 and unstable and ratio <= 1:
+        lost = any(run.noise and run.noise[k] is None for run in runs)  # its size hangs on rounding even there
+        if sharp and limit64 <= _UNSTABLE64 and unstable and not lost:
             # What it computes was seen exactly; that its own dtype cannot resolve it is the original's doing.
-            note, unstable = f"could be judged in float64 only, where it is right: {unstable}", ""
+            note, unstable = f"could be judged in float64 only, where it is {_right(ratio)}: {unstable}", ""
         elif sharp and limit64 > _UNSTABLE64 and not unstable:
             unstable = f"rounding in float64 moves the original by {limit64 / UNITS:.1e}"
         return OutputError(
@@ -149,6 +153,13 @@ class Judge:
             note,
         )
 
+    def _of_another_size(self, name: str, k: int, runs: Sequence[Run], unstable: str) -> OutputError:
+        """A size that differs in float64: with exact weights wrong, unless the original's own hangs on its rounding too."""
+        steady = self.exact and not any(run.noise and run.noise[k] is None for run in runs)
+        why = "" if steady else unstable or "its size hangs on rounding"
+        note = "has another size in float64" if steady else ""
+        return OutputError(name, 0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), why, note)
+
     def _others(self, name: str, k: int, runs: Sequence[Run]) -> OutputError:
         """Indices and masks: as many entries may differ from float64 as do in the original, and 1 in 10,000."""
         unstable = self._sizes(k, runs)
@@ -159,8 +170,7 @@ class Judge:
                 if i < 2 and unstable:
                     continue
                 if other.shape != reference.shape:
-                    why = unstable or "its size hangs on rounding"
-                    return OutputError(name, 0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), why)
+                    return self._of_another_size(name, k, runs, unstable)
                 if reference.numel():
                     share[i] = max(share[i], float((other != reference).double().mean()))
         if share[0] > UNSTABLE:
@@ -169,9 +179,15 @@ class Judge:
         limit64 = _SHARE if self.exact or self.dtype == torch.float64 else limit
         ratio = max(0.0 if unstable else share[1] / limit, share[2] / limit64)
         note = ""
-        if unstable and self.exact and ratio <= 1:
-            note, unstable = f"could be judged in float64 only, where it is right: {unstable}", ""
+        moved = [run.noise[k] for run in runs if run.noise]
+        steady = all(n is not None and float(n.mean() if n.numel() else 0) <= _SHARE for n in moved)
+        if unstable and self.exact and (ratio <= 1 or steady):
+            note, unstable = f"could be judged in float64 only, where it is {_right(ratio)}: {unstable}", ""
         return OutputError(name, share[0], share[1], share[2], limit, limit64, ratio, unstable, note)
+
+
+def _right(ratio: float) -> str:
+    return "right" if ratio <= 1 else "wrong"
 
 
 def _unit(dtype: torch.dtype) -> float:

@@ -42,13 +42,14 @@ class Kernel:
 
     def tensor(self) -> torch.Tensor:
         """The values: float64, of ``shape``."""
-        if self._value is None:
+        value = self._value
+        if value is None:
             self._compute_parents()
             value = self._thunk()
             if tuple(value.shape) != tuple(self.shape):
                 raise AssertionError(f"kernel {self.spec!r} has shape {tuple(value.shape)}, declared {self.shape}")
             self._value = value
-        return self._value
+        return value
 
     def _compute_parents(self) -> None:
         """Compute what this kernel is derived from, deepest first: a chain of 200 Linears must not recurse 200 deep."""
@@ -91,6 +92,12 @@ class Kernel:
 
 
 _table: weakref.WeakValueDictionary[Hashable, Kernel] = weakref.WeakValueDictionary()
+
+
+def forget() -> None:
+    """Forget the values of all kernels: what search asked of them, and what it never came to emit."""
+    for k in list(_table.values()):
+        k._value = None
 
 
 def derive(

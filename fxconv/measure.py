@@ -144,8 +144,7 @@ def _narrowed(gm: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     for node in gm.graph.nodes:
         node.args = tuple(narrow(a) for a in node.args)
         node.kwargs = {k: narrow(a) for k, a in node.kwargs.items()}
-    gm.recompile()
-    return gm.to(dtype).eval()
+    return fx.GraphModule(gm, gm.graph).to(dtype).eval()
 
 
 def _signature(gm: fx.GraphModule) -> Hashable:

@@ -41,6 +41,9 @@ class Outcome:
     rolled_back: dict[str, tuple[Cluster, Verdict, tuple[str, ...]]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     slower: list[Loser] = field(default_factory=list)
+    refused: list[tuple[Cluster, str]] = field(default_factory=list)
+    """Rewrites whose weights the model's dtype could not hold."""
+
 
 def emit(captured: Captured, state: State) -> Emitted:
     """Write the state's graph anew, into a copy of the captured one."""

@@ -11,28 +11,38 @@ Kinds share one batch: they are rows of one evaluation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import sympy
 import torch
 
 from fxconv.errors import OptionError
 
-__all__ = ["KINDS", "SHIFTED", "SPARSE", "InputSpec", "Sizes", "draw", "shapes_at"]
+__all__ = ["KINDS", "SHIFTED", "SPARSE", "InputSpec", "Numbers", "Sizes", "draw", "shapes_at"]
 
 Values = Mapping[sympy.Symbol, int]
 Symbols = Mapping[sympy.Symbol, tuple[int, int | None, int]]
 
 KINDS = ("zero", "gaussian", "border", "channel")
 SPARSE = "sparse"
-"""Border and channel at once, where a row of each is dear."""
+"""Gaussian, and all but the border and one channel of it faint: three rows in one, where a row of each is dear.
+
+What is wrong at the border or in the channel shows as it does against nothing at all; what is wrong elsewhere at this
+size (an index, a parity) is not so small that the scale could hide it.
+"""
+_FAINT = 2.0**-20
 SHIFTED = ("positive", "negative", "mixed")
 _SHIFT = 128.0
+_STRETCH = 2**16
+"""Numbers drawn at once."""
 
 # Least sizes of the cluster's dims, for the 1st, 2nd, … spatial symbol: (5, 6) hold a 3x3 window's border and interior,
-# (8, 7) are of the other parity each, for strides and ceil_mode.
-_TARGETS = ((5, 6), (8, 7))
+# (6, 7) are of the other parity each and of another remainder by 3, for strides and ceil_mode; all hold them at a stride of 2.
+_TARGETS = ((5, 6), (6, 7))
 
 
 @dataclass(frozen=True)
@@ -58,9 +68,13 @@ class InputSpec:
 
 
 def _int(size: int | sympy.Expr, values: Values) -> int:
-    if isinstance(size, int):
-        return size
-    return int(sympy.sympify(size).xreplace({s: sympy.Integer(v) for s, v in values.items()}))
+    return size if isinstance(size, int) else _number(size, tuple(values[s] for s in _symbols_of(size)))
+
+
+@lru_cache(maxsize=65536)
+def _number(size: sympy.Expr, values: tuple[int, ...]) -> int:
+    """The size with these values for `_symbols_of` it: layers of a network are of a few sizes, and sympy is slow."""
+    return int(sympy.sympify(size).xreplace(dict(zip(_symbols_of(size), map(sympy.Integer, values), strict=True))))
 
 
 def shapes_at(inputs: Sequence[InputSpec], values: Values) -> list[tuple[int, ...]]:
@@ -78,10 +92,10 @@ class Sizes:
         elsewhere: set[sympy.Symbol] = set()
         for spec in inputs:
             for dim, size in enumerate(spec.shape):
-                free = set() if isinstance(size, int) else set(sympy.sympify(size).free_symbols)
-                used |= free
+                free = _symbols_of(size)
+                used.update(free)
                 if dim > 0 or spec.kind == "symint":
-                    elsewhere |= free
+                    elsewhere.update(free)
         missing = sorted(str(s) for s in used if s not in symbols)
         if missing:
             raise OptionError(f"no range and hint given for the symbols {', '.join(missing)}")
@@ -149,29 +163,60 @@ class Sizes:
         return low
 
 
-def _symbols_of(size: int | sympy.Expr) -> set[sympy.Symbol]:
-    return set() if isinstance(size, int) else set(sympy.sympify(size).free_symbols)
+def _symbols_of(size: int | sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return () if isinstance(size, int) else _free_symbols(size)
+
+
+@lru_cache(maxsize=65536)
+def _free_symbols(size: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted(sympy.sympify(size).free_symbols, key=str))
+
+
+class Numbers:
+    """Gaussian numbers of a seed, by position; drawn once for all the probes that begin with the first of them."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._drawn = torch.empty(0, dtype=torch.float64)
+
+    def take(self, start: int, count: int) -> torch.Tensor:
+        """A copy of ``count`` numbers from position ``start`` on, in float64."""
+        have = self._drawn.numel()
+        if have < start + count:
+            # In float32, widened: four times as fast, and as good as any number to multiply by.
+            more = []
+            for k in range(have // _STRETCH, -(-(start + count) // _STRETCH)):
+                generator = torch.Generator().manual_seed(self.seed * 2**20 + k)
+                more.append(torch.randn(_STRETCH, generator=generator, dtype=torch.float32).to(torch.float64))
+            self._drawn = torch.cat([self._drawn, *more])
+        return self._drawn[start : start + count].clone()
 
 
 def draw(
-    spec: InputSpec, shape: Sequence[int], kinds: Sequence[str], generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """A float64 tensor of ``shape`` whose rows (dim 0), in equal shares, are of these kinds."""
-    shape = tuple(shape)
-    # In float32, widened: four times as fast, and as good as any number to multiply by.
-    gaussian = torch.randn(shape, generator=generator, dtype=torch.float32).to(torch.float64)
-    channel = spec.channel_dim
-    if channel is None:
-        channel = 1 if len(shape) > 2 else len(shape) - 1
-    if not shape:
-        return gaussian.to(device)
-    rows = torch.arange(shape[0]) * len(kinds) // max(shape[0], 1)
-    for k, kind in enumerate(kinds):
-        mine = rows == k
-        if kind == "gaussian" or not bool(mine.any()):
+    inputs: Sequence[InputSpec], values: Values, kinds: Sequence[str], numbers: Numbers, device: torch.device
+) -> list[Any]:
+    """Float64 tensors whose rows (dim 0), in equal shares, are of these kinds; a number for each symint.
+
+    The tensors take stretches of ``numbers`` one after the other, from the first on.
+    """
+    out: list[Any] = []
+    start = 0
+    for spec, shape in zip(inputs, shapes_at(inputs, values), strict=True):
+        if spec.kind != "tensor":
+            out.append(shape[0])
             continue
-        gaussian[mine] = _of_kind(kind, gaussian[mine], channel)
-    return gaussian.to(device)
+        x = numbers.take(start, math.prod(shape)).reshape(shape)
+        start += x.numel()
+        channel = spec.channel_dim
+        if channel is None:
+            channel = 1 if len(shape) > 2 else len(shape) - 1
+        rows = torch.arange(shape[0]) * len(kinds) // max(shape[0], 1) if shape else torch.empty(0)
+        for k, kind in enumerate(kinds):
+            mine = rows == k
+            if kind != "gaussian" and bool(mine.any()):
+                x[mine] = _of_kind(kind, x[mine], channel)
+        out.append(x.to(device))
+    return out
 
 
 def _of_kind(kind: str, x: torch.Tensor, channel: int) -> torch.Tensor:
@@ -186,7 +231,12 @@ def _of_kind(kind: str, x: torch.Tensor, channel: int) -> torch.Tensor:
         # Of something without a border (a matrix) it is the first and the last entry of each row.
         if x.dim() == 2:
             keep[:, 0] = keep[:, -1] = True
-        return x * keep if kind == "border" else torch.where(keep, x, _of_kind("channel", x, channel))
+        if kind == "border":
+            return x * keep
+        if channel == 0 or x.dim() < 2:
+            return x
+        keep.narrow(channel, x.shape[channel] - 1, 1).fill_(True)
+        return torch.where(keep, x, x * _FAINT)
     if kind == "channel":
         if channel == 0 or x.dim() < 2:
             return x

@@ -111,6 +111,9 @@ def remarks(outcome: Outcome) -> tuple[Remark, ...]:
     for loser in outcome.slower:
         laws = ", ".join(outcome.search.laws_of(loser.cluster.value))
         out.setdefault((loser.cluster.node, laws, "slower"), Remark("missed", loser.cluster.node, laws, loser.reason))
+    for cluster, reason in outcome.refused:
+        laws = ", ".join(outcome.search.laws_of(cluster.value))
+        out.setdefault((cluster.node, laws, reason), Remark("refused", cluster.node, laws, reason, "the dtype were wider"))
     for v in state.forbidden():
         name = state.originals[v].node.name
         reason = f"target={state.target_name!r} forbids this operator, and no other form was found"

@@ -77,20 +77,23 @@ def _slices(noise: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def compare(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor) -> Miss:
+def compare(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor | None = None) -> Miss:
     """The worst entry of ``got`` against ``expected`` (same shape), tolerance as in the module's docstring.
 
     ``noise``: |f_δ − f| / δ, of the same shape or broadcastable to it (already pooled over the batch, say). An entry
-    counts at least its own magnitude as noise: no result is more accurate than its last place.
+    counts at least its own magnitude as noise: no result is more accurate than its last place. With None that is all
+    that is allowed, which is never more than with any noise: what passes so passes with the noise measured.
     """
     if expected.numel() == 0:
         return Miss(0.0, (), 0.0, 0.0, 0.0, 0.0)
     magnitude = expected.abs()
     scale = float(magnitude.amax()) or 1.0
     error = (expected - got).abs_()
-    if math.isfinite(scale) and math.isfinite(most := float(error.amax())) and bool(noise.isfinite().all()):
+    if math.isfinite(scale) and math.isfinite(most := float(error.amax())) and (
+        noise is None or bool(noise.isfinite().all())
+    ):
         # Most evaluations pass everywhere by the tolerance of their quietest slice, which is cheap to know.
-        field = torch.maximum(noise, magnitude)
+        field = magnitude if noise is None else torch.maximum(noise, magnitude)
         top = float(field.amax())
         least = max(min((float(s.amin()) for s in _slices(field)), default=top), _FLOOR * top)
         if most <= (tolerance := UNITS * UNIT_ROUNDOFF * least):
@@ -98,7 +101,7 @@ def compare(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor) -> M
     return _worst_entry(expected, got, noise)
 
 
-def _worst_entry(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor) -> Miss:
+def _worst_entry(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor | None) -> Miss:
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(got)) or not _same_special(expected, got, finite):
         at = _first(finite != torch.isfinite(got))
@@ -106,8 +109,8 @@ def _worst_entry(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor)
     zero = torch.zeros((), dtype=expected.dtype, device=expected.device)
     error = torch.where(finite, (expected - got).abs(), zero)
     magnitude = torch.where(finite, expected.abs(), zero)
-    field = smooth(torch.maximum(torch.nan_to_num(noise, nan=0.0, posinf=0.0), magnitude))
-    tolerance = (UNITS * UNIT_ROUNDOFF) * field.expand_as(error)
+    field = magnitude if noise is None else torch.maximum(torch.nan_to_num(noise, nan=0.0, posinf=0.0), magnitude)
+    tolerance = (UNITS * UNIT_ROUNDOFF) * smooth(field).expand_as(error)
     # 0/0 is no error where none is allowed.
     ratio = torch.where(error > 0, error / tolerance, zero)
     flat = int(ratio.argmax())

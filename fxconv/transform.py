@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxconv import kernel as kernels
 from fxconv.asks import asks_shape
 from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
@@ -121,7 +122,7 @@ def run_captured(model: Any, captured: Captured, options: Options, took: float =
     if isinstance(model, fx.GraphModule) and _unchanged(captured.gm, outcome.emitted):
         result = structural_copy(model)  # nothing to do is nothing done: in the dialect and the order that it came in
     clock = time.perf_counter()
-    verdict = verify_model(model, result, captured, options)
+    verdict = verify_model(model, result, captured, options, outcome.emitted)
     if isinstance(verdict, ModelVerdict) and verdict.status == "failed" and outcome.emitted.clusters:
         outcome, result, verdict = find_guilty(model, captured, options, outcome, verdict)
     outcome.timings["verify model"] = time.perf_counter() - clock
@@ -181,10 +182,12 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     search = Search(state, _laws(options))
     search.run()
     state.retract_impossible()
+    kernels.forget()
     clock = _lap(timings, "search", clock)
     outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
     if options.trainable:
         _keep_reversible(outcome)
+    _refuse_unfit(outcome)
     clock = _lap(timings, "emit", clock)
     if options.measure:
         judge = Judge(captured.gm, state, lambda: emit(captured, state), sizes)
@@ -193,6 +196,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
         clock = _lap(timings, "measure", clock)
     if options.verify != "off":
         verify_clusters(outcome, symbols, options)
+        kernels.forget()
         _lap(timings, "verify rewrites", clock)
     return outcome
 
@@ -209,6 +213,23 @@ def _keep_reversible(outcome: Outcome) -> None:
             return
         for c in mixed:
             outcome.state.restore(c.value)
+        outcome.emitted = emit(outcome.captured, outcome.state)
+        outcome.after = outcome.state.total
+
+
+def _refuse_unfit(outcome: Outcome) -> None:
+    """Take back the rewrites whose weights the model's dtype cannot hold, whether or not anything is verified."""
+    for _ in range(len(outcome.state.originals) + 1):
+        found = False
+        for c in outcome.emitted.clusters:
+            weights = [outcome.emitted.parameters[name] for name in parameters_of(outcome.emitted, c)]
+            reasons = [outcome.emitted.unfit[k] for k in weights if k in outcome.emitted.unfit]
+            if reasons:
+                outcome.refused.append((c, reasons[0]))
+                outcome.state.restore(c.value)
+                found = True
+        if not found:
+            return
         outcome.emitted = emit(outcome.captured, outcome.state)
         outcome.after = outcome.state.total
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxconv.axes import Size, as_size, is_static, same, shape_of
 from fxconv.kernel import Kernel
 from fxconv.plan import Step
+from fxconv.rounding import unfit
 
 aten = torch.ops.aten
 
@@ -86,6 +87,8 @@ class Writer:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.meta: dict[str, Any] = {}
         self.parameters: dict[str, Kernel] = {}
+        self.unfit: dict[Kernel, str] = {}
+        """Why the dtype cannot hold a kernel: it overflows, or loses accuracy below the least normal number."""
         self.written: list[fx.Node] = []
         self._by_kernel: dict[tuple[int, torch.dtype], str] = {}
         self._held: list[Kernel] = []
@@ -94,9 +97,16 @@ class Writer:
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
-    def rounded(self, k: Kernel) -> torch.Tensor:
-        """The kernel's values rounded once to the model's dtype, contiguous."""
-        return k.tensor().to(self.dtype).to(self.device).clone(memory_format=torch.contiguous_format)
+    def rounded(self, k: Kernel, name: str) -> torch.Tensor:
+        """The kernel's values rounded once to the model's dtype, contiguous; the float64 ones are forgotten."""
+        value = k.tensor()
+        out = torch.empty(value.shape, dtype=self.dtype, device=self.device)
+        out.copy_(value)
+        reason, _ = unfit(name, value, out) if self.dtype.is_floating_point else ("", 0.0)
+        if reason:
+            self.unfit[k] = reason
+        k.release()
+        return out
 
     def parameter(self, k: Kernel, suffix: str) -> fx.Node:
         """A ``get_attr`` of a new parameter with the kernel's values; the same kernel is stored once."""
@@ -104,7 +114,7 @@ class Writer:
         name = self._by_kernel.get(key)
         if name is None:
             name = self.fresh_name(f"{self.base}_{suffix}")
-            self.gm.register_parameter(name, nn.Parameter(self.rounded(k), requires_grad=self.requires_grad))
+            self.gm.register_parameter(name, nn.Parameter(self.rounded(k, name), requires_grad=self.requires_grad))
             self._by_kernel[key] = name
             self._held.append(k)
             self.parameters[name] = k

@@ -82,3 +82,35 @@ def test_what_is_left_after_a_rollback_is_checked_too(monkeypatch: pytest.Monkey
         x = draw((3, 8, 6, 6)).double()
         for a, b in zip(result(x), model(x), strict=True):
             assert torch.allclose(a, b, rtol=1e-12)
+
+
+class Ramp(nn.Module):
+    """A constant made of python numbers: float32 in the model, and its own self in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.linear(x) * 3 + torch.arange(8) * 0.05)
+
+
+class Siblings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 7, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(self.a(x)), torch.tanh(self.b(x))
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_a_constant_of_python_numbers_is_no_false_alarm(capture: str) -> None:
+    out = check(randomise(Ramp()), draw((2, 8), dtype=torch.float32), capture=capture, tol=1e-5)
+    assert not out.report.rolled_back and out.report.applied
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_siblings_are_sliced_in_either_dialect(capture: str) -> None:
+    out = check(randomise(Siblings()), draw((2, 3, 8, 6)), capture=capture, objective="launches")
+    assert out.kinds["conv"] == 1

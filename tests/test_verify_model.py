@@ -11,12 +11,15 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from lies import COMPOSING, numbers, spoiling
 from torch import Tensor, nn
 
+import fxconv
+from fxconv import rollback
 from fxconv.arithmetic import as_float64
 from fxconv.errors import ArgsError, NotAModuleError
 from fxconv.probe import InputSpec
-from fxconv.verify import bisect, check_model, reproduction, verify
+from fxconv.verify import Verdict, bisect, check_model, reproduction, verify
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +209,22 @@ def test_outputs_that_hang_on_rounding(keep: Callable[[Tensor], Tensor], words: 
     right = check_model(model, result, (x,), batch_dims=None, exact={"a.weight": result.a.weight.double()})
     assert right and "float64 only" in str(right), right
     assert not check_model(model, result, (x,), batch_dims=None, exact=lambda: {"a.weight": weight})
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_a_transform_whose_output_hangs_on_rounding_is_judged_with_the_unrounded_weights(
+    capture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Detector(lambda s: (s * 1e6 + torch.arange(4000) % 2 * 0.05).sort().indices)
+    x = torch.randn(1, 4000, 64)
+    report = fxconv.report(fxconv.transform(model, x, capture=capture))
+    assert report.verified and report.applied and "float64 only" in str(report.verification["notes"])
+    # Were it not for the check of each rewrite, this would find a wrong one, and which.
+    monkeypatch.setattr(rollback, "check_cluster", lambda *_, **__: Verdict("confirmed"))
+    lie = spoiling(COMPOSING, "lie", numbers("rounded", lambda t, m: t.half().double()), everywhere=True)
+    report = fxconv.report(fxconv.transform(model, x, capture=capture, laws=lie))
+    assert report.verified and report.rolled_back, report.rewrites
+    assert "the whole model is wrong with it" in report.rolled_back[0].verdict["reason"]
 
 
 def test_exact_weights_are_judged_at_float64_rounding() -> None:
