@@ -7,9 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
-from fxconv.algebra import Raw, Splits, as_value, normal, raw, refine, regroup
+from fxconv.algebra import Raw, Splits, as_value, compose, normal, raw, refine, regroup
 from fxconv.axes import Size, common_refinement, is_static
-from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, View, Window, identity_map, split_view
+from fxconv.expr import (
+    Kept,
+    Map,
+    New,
+    Resample,
+    Role,
+    Shared,
+    Value,
+    View,
+    Window,
+    identity_map,
+    is_selection,
+    split_view,
+)
 from fxconv.kernel import Kernel
 from fxconv.window import Filter
 
@@ -31,16 +44,28 @@ class Branch:
 
 
 def as_branch(t: Value) -> Iterator[Branch]:
-    """The ways to read a value as a branch: as a map of its operand, and as itself."""
+    """The ways to read a value as a branch: as a map of its operand, of what that is a slice of, and as itself."""
     outer = t.node if isinstance(t.node, View) else None
     inner = outer.x if outer is not None else t
     if isinstance(inner.node, Map):
         found = _branch(inner.node, outer)
         if found is not None:
             yield found
+        if _reads_slice(inner.node):
+            # Maps of disjoint slices of one value are column blocks of one map.
+            whole = compose(inner.node, inner.node.x.node)  # type: ignore[arg-type]
+            found = _branch(whole.node, outer) if not isinstance(whole, str) and isinstance(whole.node, Map) else None
+            if found is not None:
+                yield found
     own = _branch(identity_map(inner), outer)
     if own is not None:
         yield own
+
+
+def _reads_slice(m: Map) -> bool:
+    """Whether a map contracts the axis that its operand is a slice along."""
+    s = m.x.node
+    return isinstance(s, Map) and is_selection(s) and all(o in m.contracted for o, r in enumerate(s.roles) if isinstance(r, Window))
 
 
 def _branch(m: Map, outer: View | None) -> Branch | None:
@@ -273,8 +298,8 @@ def _common_window(roles: Sequence[Role]) -> Filter | str:
         if f.taps > 1:
             step = math.gcd(step, f.dilation)
     step = step or 1
-    extent = first.extent
-    return Filter(first.up, first.down, (hi - lo) // step + 1, step, -lo, extent)
+    transposed = all(f.transposed for f in filters)
+    return Filter(first.up, first.down, (hi - lo) // step + 1, step, -lo, first.extent, transposed)
 
 
 def _widen(m: Raw, o: int, window: Window) -> Raw:

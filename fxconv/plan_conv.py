@@ -14,6 +14,11 @@ from fxconv.window import Filter, conv_filter
 
 def plan_conv(m: Map, layout: Layout, target: Target, bias: Const | None) -> list[Plan]:
     """The ways to write a map as one convolution or transposed convolution."""
+    if any(isinstance(r, Window) and r.filter.transposed for r in m.roles):
+        # As a convolution it would be padded by as much as it is wide, and multiply with zeros all along its border.
+        stays = _plan(m, layout, target, bias, transposed=True)
+        if stays is not None and stays.steps[-1].kind == "conv_transpose":
+            return [stays]
     plans = [_plan(m, layout, target, bias), _plan(m, layout, target, bias, channels_last=True)]
     if len(layout) > 2:
         plans.append(_plan(m, layout, target, bias, tokens=True))
@@ -30,6 +35,7 @@ def _plan(
     full: bool = False,
     channels_last: bool = False,
     tokens: bool = False,
+    transposed: bool = False,
 ) -> Plan | None:
     """One way to write a map as a convolution.
 
@@ -37,10 +43,11 @@ def _plan(
         full: whether contracted slots become full kernels.
         channels_last: whether the operand's channels come last in memory and shall stay there, in the result too.
         tokens: whether all dims but the first, of an operand with channels last, become spatial.
+        transposed: whether it becomes a transposed convolution though it upsamples nothing.
     """
     sizes = m.x.sizes
     windows: dict[int, Window] = {r.src: r for r in m.roles if isinstance(r, Window)}
-    transposed = any(w.filter.up > 1 for w in windows.values())
+    transposed = transposed or any(w.filter.up > 1 for w in windows.values())
     if transposed and any(w.filter.down > 1 for w in windows.values()):
         return None
     shared = [r.src for r in m.roles if isinstance(r, Shared)]

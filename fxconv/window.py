@@ -26,6 +26,8 @@ class Filter:
     dilation: int = 1
     offset: int = 0
     extent: int = 0
+    transposed: bool = False
+    """Whether it comes from a transposed convolution of stride 1: as a convolution, it would multiply with padding."""
 
     def __post_init__(self) -> None:
         if min(self.up, self.down, self.taps, self.dilation) < 1:
@@ -63,7 +65,8 @@ def conv_filter(kernel: int, stride: int, pad_lo: int, pad_hi: int, dilation: in
 def transposed_filter(kernel: int, stride: int, padding: int, dilation: int, output_padding: int) -> Filter:
     """The filter of a transposed convolution along one axis; its taps are the stored ones reversed."""
     span = (kernel - 1) * dilation + 1
-    return Filter(stride, 1, kernel, dilation, span - 1 - padding, span - 1 - 2 * padding + output_padding - stride + 1)
+    extent = span - 1 - 2 * padding + output_padding - stride + 1
+    return Filter(stride, 1, kernel, dilation, span - 1 - padding, extent, transposed=stride == 1 and span > 1)
 
 
 def nearest_filter(scale: int) -> Filter:
@@ -197,7 +200,9 @@ def _cascade(outer: Filter, inner: Filter) -> Cascade | str:
             return "the composition is zero"
         first, last, unit = positions[0], positions[-1], step
     taps = (last - first) // unit + 1
-    composite = Filter(up // g, down // g, taps, max(unit // g, 1), (offset - first) // g, extent // g if g > 1 else extent)
+    extent = extent // g if g > 1 else extent
+    transposed = (outer.transposed or inner.transposed) and up == down == 1
+    composite = Filter(up // g, down // g, taps, max(unit // g, 1), (offset - first) // g, extent, transposed)
     return Cascade(composite, outer_step, inner_step, first, unit, outer.taps, inner.taps)
 
 

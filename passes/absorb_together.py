@@ -87,7 +87,15 @@ def _taken_in(u: Value, y: Value, known: Value) -> Value | None:
 
 
 def _handed_on(u: Value, y: Value, known: Value) -> Value | None:
-    """A pooling or resampling of y, known as a scale and a shift of x, as a scale and a shift of the pooled x; or None."""
+    """A pooling or resampling of y, known as a scale and a shift of x, as a scale and a shift of the pooled x; or None.
+
+    So is y plus a constant, a scale and a shift with another constant.
+    """
+    if isinstance(u.node, Sum) and y in u.node.terms:
+        rest = [t for t in u.node.terms if t is not y]
+        if any(not isinstance(t.node, Const) for t in rest):
+            return None
+        return make_sum([*(known.node.terms if isinstance(known.node, Sum) else (known,)), *rest])
     found = mapped_operand(u)
     if found is None or found[2] is not y:
         return None

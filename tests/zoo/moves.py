@@ -355,6 +355,31 @@ def relu_bn_pool_conv(padding: int = 0, pool_padding: int = 0) -> Made:
     return layers, lambda s, x: s.conv(s.pool(s.norm(s.relu(x))))
 
 
+def norm_plain_and_pooled() -> Made:
+    """NextViT's attention: Q reads a norm's tokens, K and V read them pooled and normalised once more."""
+    layers = {"norm": bn(24), "q": nn.Linear(24, 24), "k": nn.Linear(24, 24), "v": nn.Linear(24, 24), "again": bn(24, 1)}
+
+    def program(s: Any, x: Tensor) -> Tensor:
+        y = s.flatten(s.norm(s.relu(x)), 2)
+        pooled = s.transpose(s.again(s.avg_pool(y, 4, 1)), 1, 2)
+        return F.scaled_dot_product_attention(s.q(s.transpose(y, 1, 2)), s.k(pooled), s.v(pooled))
+
+    return layers, program
+
+
+def bias_through_view() -> Made:
+    """A Linear with BatchNorm adds to a stream of tokens that is seen as an image and strided: LeViT's."""
+    layers = {"a": nn.Linear(16, 16, bias=False), "norm": bn(16, 0), "q": nn.Linear(16, 8), "k": nn.Linear(16, 8)}
+
+    def program(s: Any, x: Tensor) -> Tensor:
+        y = s.a(s.relu(x))
+        y = s.add(x, s.norm(y.flatten(0, 1)).reshape(y.shape))
+        z = y.view(y.shape[0], 6, 4, 16)[:, ::2, ::2].reshape(y.shape[0], 6, 16)
+        return torch.matmul(s.q(z), s.transpose(s.k(F.gelu(y)), 1, 2))
+
+    return layers, program
+
+
 RELU = (
     ("module", "export"),
     ("functional", "export"),
@@ -399,6 +424,13 @@ ABSORBED = (
         ((2, 6, 5, 7),),
         {"ops": {"batch_norm": 0, "mul": 0, "conv+linear": 1}, "at_most": {"add": 0}},
     ),
+    Row(
+        "norm_plain_and_pooled",
+        norm_plain_and_pooled,
+        ((2, 24, 8, 10),),
+        {"ops": {"batch_norm": 0, "mul": 0, "add": 0, "linear": 3, "avg_pool": 1}},
+    ),
+    Row("bias_through_view", bias_through_view, ((2, 24, 16),), {"ops": {"linear": 3, "add": 1, "batch_norm": 0}}),
     Row("layer_scale", layer_scale, ((2, 5, 24),), {"ops": {"linear": 2, "add": 1, "mul": 0}}),
     Row(
         "attention_logits", attention_logits, ((2, 5, 24),), {"ops": {"mul": 0, "matmul": 1}, "at_most": {"linear": 2}}

@@ -518,6 +518,24 @@ BRANCHES = (
         {"max_macs_ratio": 0.8, **only(conv_transpose=1)},
         ONCE,
     ),
+    # the same tensor in two halves: 2 * (4*6*9) = 8*6*9, and no slices
+    Row(
+        "convs_of_slices",
+        lambda: linears(
+            lambda s, x: s.add(s.a(x[:, :4]), s.b(x[:, 4:])),
+            a=nn.Conv2d(4, 6, 3, padding=1),
+            b=nn.Conv2d(4, 6, 3, padding=1),
+        ),
+        ((2, 8, 9, 13),),
+        {"max_macs_ratio": 1.0, "ops": {"conv": 1, "add": 0, "slice": 0, "split": 0}},
+    ),
+    Row(
+        # 4*32*9*63 + 32*4*99 = 85,248 -> 4*4*9*63 = 9,072: 0.106; a padded convolution has 4*4*9*99
+        "transposed_stride_1",
+        lambda: chain(up=conv_transpose(2)(4, 32, 3), norm=bn(32), out=nn.Conv2d(32, 4, 1)),
+        ((2, 4, 7, 9),),
+        {"max_macs_ratio": 0.107, **only(conv_transpose=1)},
+    ),
     Row(
         "transposed_bn_pointwise",
         lambda: chain(up=conv_transpose(2)(4, 32, 4, 2, 1), norm=bn(32), out=nn.Conv2d(32, 4, 1)),
