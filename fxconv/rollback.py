@@ -65,7 +65,8 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
         if options.verify == "raise":
             cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
             example = {s: hint for s, (_, _, hint) in symbols.items()}
-            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example)
+            probe = verdict.probes[-1] if verdict.probes else None
+            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example, probe)
             raise VerificationError(
                 f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
             )

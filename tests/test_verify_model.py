@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from fxconv import rollback
 from fxconv.arithmetic import as_float64
 from fxconv.errors import ArgsError, NotAModuleError
 from fxconv.probe import InputSpec
-from fxconv.verify import Verdict, bisect, check_model, reproduction, verify
+from fxconv.verify import Verdict, bisect, check_cluster, check_model, reproduction, verify
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 
@@ -467,8 +468,44 @@ def test_reproduction_runs_and_shows_the_fault(capsys: pytest.CaptureFixture[str
     assert "relative error 1.00e+00" in capsys.readouterr().out
 
 
-def test_reproduction_of_large_weights_transforms_anew() -> None:
+def test_reproduction_of_large_weights_reads_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    right_gm, wrong_gm = (torch.fx.symbolic_trace(Affine(80, w).eval()) for w in (False, True))
+    script = reproduction(right_gm, wrong_gm, [InputSpec("tensor", (2, 80))])
+    assert len(script) < 4000 and str(tmp_path) in script
+    exec(compile(script, "reproduction", "exec"), {"__name__": "reproduction"})
+    assert "relative error 1.00e+00" in capsys.readouterr().out
+
+
+def test_reproduction_of_very_large_weights_transforms_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxconv.blame._FILE", 0)
     gm = torch.fx.symbolic_trace(Affine(80, False).eval())
     script = reproduction(gm, gm, [InputSpec("tensor", (2, 80)), InputSpec("symint", (2,))])
     compile(script, "reproduction", "exec")
     assert "fxconv.transform(original" in script and len(script) < 4000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: (F.relu(x).clamp(max=64.0),),  # shows far out only
+        lambda x: (F.relu(x) + (x.amin() < -64),),
+        lambda x: (F.relu(x) + (x.shape[2] < 8),),  # at small sizes only
+        lambda x: (F.relu(x)[:, :, : x.shape[2] - x.shape[2] % 2],),
+    ],
+)
+def test_reproduction_is_of_the_inputs_that_showed_it(
+    wrong: Callable[[Tensor], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    h, w, n = sympy.symbols("h w n")
+    spec = [InputSpec("tensor", (n, 3, h, w))]
+    symbols = {n: (1, None, 2), h: (1, None, 28), w: (1, None, 28)}
+    sides = [torch.fx.symbolic_trace(Outputs(how)) for how in (lambda x: (F.relu(x),), wrong)]
+    verdict = check_cluster(sides[0], sides[1], spec, symbols=symbols, affine=False, positively_homogeneous=True)
+    assert verdict.status == "failed"
+    script = reproduction(sides[0], sides[1], spec, probe=verdict.probes[-1])
+    exec(compile(script, "reproduction", "exec"), {"__name__": "reproduction"})
+    said = capsys.readouterr().out
+    assert "shapes" in said or float(said.split()[-1]) > 1e-3, said
