@@ -149,6 +149,9 @@ class Boxes:
         (lambda x: x, lambda x: x[:, :3], "shapes differ: (1, 4) against (1, 3)"),
         (lambda x: x, lambda x: 1 / 0, "ZeroDivisionError"),
         (lambda x: x, lambda x: x / 0, "overflows"),
+        (lambda x: (x - 9).log(), lambda x: x, "where the original is nan"),
+        (lambda x: x / 0 * x.abs(), lambda x: x.abs() / 0, "is inf where the original is"),
+        (lambda x: x.sum().item(), lambda x: x.sum().item() * 1.001, "times its limit"),
         (lambda x: x, lambda x: x.view(1, 4), "raises on the example and a Gaussian sample in a batch of 2"),
     ],
 )
@@ -166,6 +169,11 @@ def test_model_structure(a: Callable[[Tensor], Any], b: Callable[[Tensor], Any],
         lambda x: x.sum(),
         lambda x: (x, None),
         lambda x: x > 0,
+        lambda x: x.sum().item(),
+        lambda x: x.to_sparse(),
+        lambda x: torch.where(x > 0, x, torch.nan),
+        lambda x: x / 0,
+        lambda x: None,
     ],
 )
 def test_model_outputs_of_any_kind(how: Callable[[Tensor], Any]) -> None:
@@ -254,6 +262,31 @@ def test_random_models_cannot_be_verified(module: nn.Module, op: str) -> None:
     torch.manual_seed(0)
     verdict = check_model(module, module, (torch.randn(1, 64),))
     assert verdict.status == "not verifiable" and op in verdict.reason
+
+
+@pytest.mark.parametrize("how", [lambda x: F.dropout(x, training=True), lambda x: x + torch.rand_like(x)])
+@pytest.mark.parametrize("capture", ["auto", "symbolic"])
+def test_a_model_that_is_random_in_eval_mode_is_transformed_and_said_to_be(
+    how: Callable[[Tensor], Any], capture: str
+) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)), Outputs(how)).eval()
+    report = fxconv.report(fxconv.transform(model, torch.randn(2, 3, 8, 8), capture=capture))
+    assert report.applied, "what is not random is rewritten"
+    assert report.verification["status"] == "not verifiable" and not report.verified
+    assert "bernoulli" in report.verification["reason"] or "rand_like" in report.verification["reason"]
+
+
+def test_a_number_that_was_computed_is_judged_as_one() -> None:
+    class Number(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> float:
+            return self.b(self.a(x)).sum().item()
+
+    report = fxconv.report(fxconv.transform(Number().eval(), torch.randn(2, 3, 8, 8)))
+    assert report.verified and report.applied and not report.rolled_back
 
 
 def test_random_generators_and_buffers_are_left_alone() -> None:
