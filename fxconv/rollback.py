@@ -101,13 +101,15 @@ def _check_rounding(emitted: Emitted, cluster: Cluster) -> Verdict:
     exact: dict[str, torch.Tensor] = {}
     stored: dict[str, torch.Tensor] = {}
     dtype = torch.float32
+    fits = True
     for name in parameters_of(emitted, cluster):
         value = emitted.gm
         for part in name.split("."):
             value = getattr(value, part)
         exact[name], stored[name] = emitted.parameters[name].tensor(), value.detach()  # type: ignore[operator]
         dtype = stored[name].dtype
-    return check_rounding(exact, stored, dtype)
+        fits &= emitted.parameters[name] not in emitted.unfit
+    return check_rounding(exact, stored, dtype, fits=fits)
 
 
 def _release(emitted: Emitted, cluster: Cluster) -> None:
