@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,11 +14,23 @@ import torch
 from torch import fx, nn
 
 from fxconv.probe import InputSpec, shapes_at
+from fxconv.verify_cluster import Probe
 
 __all__ = ["bisect", "reproduction"]
 
 _PASTE = 4096
 """Entries of weights up to which a script holds them; 4096 in float64 are about 40 KB of text."""
+
+_FILE = 2**27
+"""Entries up to which larger ones go to a file: a gigabyte."""
+
+_ROWS = {
+    "zero": "{rows} = 0.0",
+    "positive": "{rows} += 128.0",
+    "negative": "{rows} -= 128.0",
+    "mixed": "{rows} += 128.0 * (2.0 * (torch.arange({channels}) % 2) - 1).reshape({along})",
+}
+"""What a script does to rows of some kinds of probe; what shows on sparser ones shows on Gaussian ones too."""
 
 
 def bisect(apply: Callable[[frozenset[int]], bool], n: int) -> frozenset[int]:
@@ -61,15 +74,16 @@ def reproduction(
     inputs: Sequence[InputSpec],
     seed: int = 0,
     values: Mapping[sympy.Symbol, int] | None = None,
+    probe: Probe | None = None,
 ) -> str:
-    """A Python script that runs both on Gaussian inputs of these shapes and prints how far they are apart.
+    """A Python script that runs both, on inputs like those on which they were found to differ, and prints by how much.
 
-    It needs torch alone. Small weights are in the script, bit for bit. Larger ones do not fit into a mail: then the
-    original has random weights, and the script transforms it anew, which shows the same fault where it does not depend
-    on the weights. ``values`` has a number for each symbol in the inputs' shapes.
+    It needs torch alone. Small weights are in the script, bit for bit; larger ones, which do not fit into a mail, in a
+    temporary file that it reads. Beyond `_FILE` entries the original has random weights, and the script transforms it
+    anew, which shows the same fault where it does not depend on the weights. ``probe`` says at which sizes they differ
+    and on which kinds of inputs; without it the inputs are Gaussian, at ``values`` for the symbols in their shapes.
     """
     size = sum(t.numel() for gm in (original, replacement) for t in _state(gm).values())
-    paste = size <= _PASTE
     lines = [
         '"""A rewrite that does not compute what it replaced, found by fxconv."""',
         "import base64, io, zlib",
@@ -81,18 +95,26 @@ def reproduction(
         "    return torch.load(io.BytesIO(zlib.decompress(base64.b64decode(text))))",
         "",
     ]
-    lines += _module("Original", original, seed, paste)
-    if paste:
-        lines += _module("Replacement", replacement, seed, paste)
-    lines += ["", f"torch.manual_seed({seed})", "inputs = ["]
-    for spec, shape in zip(inputs, shapes_at(inputs, values or {}), strict=True):
-        lines.append(f"    {shape[0]}," if spec.kind == "symint" else f"    torch.randn({shape}, dtype=torch.float64),")
-    lines += ["]", "original = Original().double().eval()"]
-    if paste:
+    sources: list[str | None] = [None, None]
+    if size <= _PASTE:
+        sources = [f"load({_text(_state(gm))!r})" for gm in (original, replacement)]
+    elif size <= _FILE:
+        name = _file([_state(gm) for gm in (original, replacement)])
+        lines += [f"WEIGHTS = {name!r}  # {size:,} entries, too many to paste", ""]
+        sources = [f"torch.load(WEIGHTS)[{k}]" for k in (0, 1)]
+    lines += _module("Original", original, seed, sources[0])
+    if sources[1] is not None:
+        lines += _module("Replacement", replacement, seed, sources[1])
+    lines += ["", f"torch.manual_seed({seed})", "inputs = []"]
+    shapes = probe.shapes if probe is not None else shapes_at(inputs, values or {})
+    for spec, shape in zip(inputs, shapes, strict=True):
+        lines += _input(spec, tuple(shape), probe.kinds if probe is not None else ())
+    lines += ["original = Original().double().eval()"]
+    if sources[1] is not None:
         lines += ["replacement = Replacement().double().eval()"]
     else:
         lines += [
-            f"# The weights ({size:,} entries) are too many to paste: transform the original, with random ones, anew.",
+            f"# The weights ({size:,} entries) are too many to keep: transform the original, with random ones, anew.",
             "# Pass the laws that you passed, if any, as laws=[...].",
             "import fxconv",
             "",
@@ -112,6 +134,32 @@ def reproduction(
     return "\n".join(lines)
 
 
+def _input(spec: InputSpec, shape: tuple[int, ...], kinds: Sequence[str]) -> list[str]:
+    """Lines that make one input, with rows of these kinds as `fxconv.probe.draw` makes them."""
+    if spec.kind == "symint":
+        return [f"inputs.append({shape[0]})"]
+    lines = [f"x = torch.randn({shape}, dtype=torch.float64)"]
+    channel = spec.channel_dim
+    if channel is None:
+        channel = 1 if len(shape) > 2 else len(shape) - 1
+    if shape:
+        along = [1] * len(shape)
+        along[channel] = shape[channel]
+        owner = [row * len(kinds) // max(shape[0], 1) for row in range(shape[0])]
+        for k, kind in enumerate(kinds):
+            if kind in _ROWS and k in owner:
+                rows = f"x[{owner.index(k)}:{owner.index(k) + owner.count(k)}]"
+                lines.append(_ROWS[kind].format(rows=rows, channels=shape[channel], along=tuple(along)))
+    return [*lines, "inputs.append(x)"]
+
+
+def _file(states: Sequence[dict[str, torch.Tensor]]) -> str:
+    """A temporary file with the weights of both sides."""
+    with tempfile.NamedTemporaryFile(prefix="fxconv_", suffix=".pt", delete=False) as file:
+        torch.save([{k: v.detach().cpu().clone() for k, v in state.items()} for state in states], file)
+    return file.name
+
+
 def _state(gm: nn.Module) -> dict[str, torch.Tensor]:
     """Everything that the graph reads by name, plain tensor attributes included."""
     state = dict(gm.state_dict())
@@ -126,8 +174,8 @@ def _state(gm: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _module(name: str, gm: fx.GraphModule, seed: int, paste: bool) -> list[str]:
-    """A class with the graph's code and its weights."""
+def _module(name: str, gm: fx.GraphModule, seed: int, source: str | None) -> list[str]:
+    """A class with the graph's code and its weights, which the expression ``source`` gives; None: random ones."""
     code = gm.graph.python_code("self")
     lines = [""]
     for alias, value in sorted(code.globals.items()):
@@ -139,13 +187,13 @@ def _module(name: str, gm: fx.GraphModule, seed: int, paste: bool) -> list[str]:
     for path, module in modules.items():
         lines.append(f"        add(self, {path!r}, nn.{module!r})")
     state = _state(gm)
-    if paste:
-        lines.append(f"        state = load({_text(state)!r})")
+    if source is not None:
+        lines.append(f"        state = {source}")
     else:
         lines.append(f"        generator = torch.Generator().manual_seed({seed})")
         lines.append("        state = {}")
         for key, value in state.items():
-            lines.append(f"        state[{key!r}] = {_random(key, value)}")
+            lines.append(f"        state[{key!r}] = {_random(value)}")
     lines += ["        for key, value in state.items():", "            add(self, key, value)", ""]
     # fx writes the method at column 0, with imports and wraps before it.
     body = code.src[code.src.index("def forward") :]
@@ -191,7 +239,7 @@ def _text(state: dict[str, torch.Tensor]) -> str:
     return base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode()
 
 
-def _random(key: str, value: torch.Tensor) -> str:
+def _random(value: torch.Tensor) -> str:
     """Code for something like ``value``: a kernel of unit gain, a positive variance, an integer as it is."""
     if not value.dtype.is_floating_point:
         return (
@@ -200,7 +248,7 @@ def _random(key: str, value: torch.Tensor) -> str:
             else (f"torch.tensor({value.tolist()}, dtype={value.dtype})")
         )
     draw = f"torch.randn({tuple(value.shape)}, generator=generator, dtype=torch.float64)"
-    if key.endswith("running_var"):
+    if value.numel() and float(value.min()) > 0:  # a variance, perhaps
         return f"0.5 + {draw} ** 2"
     fan_in = max(value[0].numel() if value.dim() > 1 else 1, 1)
     return f"{draw} / {fan_in}**0.5" if fan_in > 1 else draw

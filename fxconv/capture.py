@@ -20,7 +20,7 @@ from fxconv import shapes
 from fxconv.capture_export import export_module, from_program, plans
 from fxconv.capture_symbolic import keep_root_hooks, propagate_shapes, symbolic_module
 from fxconv.captured import Captured, one_line, quiet
-from fxconv.errors import ArgsError, CaptureError, OptionError, TrainingModeError
+from fxconv.errors import ArgsError, CaptureError, OptionError
 from fxconv.functional import restore_inplace
 from fxconv.hazards import check_model, hooked_modules, unwrap
 from fxconv.squeezes import sink_squeezes
@@ -94,9 +94,8 @@ def _with_args(
         try:
             captured = attempt()
             problem = difference(captured.gm, args, kwargs, expected)
-        except TrainingModeError:
-            raise
         except Exception as error:
+            # A TrainingModeError too: the model is in eval mode, and random all the same (Monte Carlo dropout).
             problem = one_line(error)
             if isinstance(error, GuardOnDataDependentSymNode):  # control flow on values: other sizes will not help
                 hopeless.add(kind)

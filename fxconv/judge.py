@@ -134,7 +134,7 @@ class Judge:
             ratio = max(ratio, most(lambda r: r.result64, norm) / limit64)
         if not unstable:
             ratio = max(ratio, narrow)
-        note = "" if top > 0 else "is empty or zero on every input: it says nothing of what leads to it"
+        note = "" if top > 0 else "is empty, zero or not finite on every input: it says nothing of what leads to it"
         lost = any(run.noise and run.noise[k] is None for run in runs)  # its size hangs on rounding even there
         if sharp and limit64 <= _UNSTABLE64 and unstable and not lost:
             # What it computes was seen exactly; that its own dtype cannot resolve it is the original's doing.

@@ -14,8 +14,12 @@ SMALL = 2.0**-10
 """A sample whose output is below this share of the largest is measured on the scale of that share."""
 
 
+SHARE = 1e-4
+"""Share of entries that may always differ of what is no finite number: those that were all but on the border."""
+
+
 class OverflowFound(Exception):
-    """The result is not finite where the original is; the message is the reason."""
+    """The result is not finite where the original is, or the other way round; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,15 @@ def errors_of(
     for row in zip(*wide, strict=True):
         ref, original, *results, noise = row
         valid = ref.isfinite() & original.isfinite()
+        # What the original is not only by rounding (the logarithm of a negative number), the result has to be too.
+        special = ~ref.isfinite() & (_kind(ref) == _kind(original))
         for r in results:
             if bool((valid & ~r.isfinite()).any()):
                 raise OverflowFound(f"{name} overflows, the original does not")
+            other = special & (_kind(r) != _kind(ref))
+            if float(other.double().mean()) > SHARE:
+                at = int(other.to(torch.uint8).argmax())
+                raise OverflowFound(f"{name} is {float(r[at]):.3g} where the original is {float(ref[at]):.3g}")
         ref = ref[valid]
         if ref.numel() == 0:
             continue
@@ -51,6 +61,11 @@ def errors_of(
         yield ErrorRow(0, *(float(g.max()) / scale for g in gaps))
         rms = max(float(ref.square().mean().sqrt()), SMALL * top) or 1.0
         yield ErrorRow(1, *(float(g.square().mean().sqrt()) / rms for g in gaps))
+
+
+def _kind(t: torch.Tensor) -> torch.Tensor:
+    """0 for finite numbers, 1 and -1 for the infinities, 2 for NaN."""
+    return torch.where(t.isnan(), 2.0, torch.where(t.isinf(), t.sign(), 0.0))
 
 
 def structural_difference(a: list[Any], a_spec: Any, b: list[Any], b_spec: Any, names: list[str]) -> str:
@@ -80,6 +95,15 @@ def flatten_output(value: Any) -> tuple[list[Any], Any]:
         value = (type(value).__qualname__, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     leaves, spec = pytree.tree_flatten(value)
     return leaves, spec
+
+
+def comparable(leaf: Any) -> Any:
+    """A leaf as a dense tensor where it is a sparse or quantised one, or a number that was computed."""
+    if isinstance(leaf, float):
+        return torch.tensor(leaf, dtype=torch.float64)
+    if isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided:
+        return leaf.to_dense()
+    return leaf.dequantize() if isinstance(leaf, torch.Tensor) and leaf.is_quantized else leaf
 
 
 def _is_leaf(value: Any) -> bool:

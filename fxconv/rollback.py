@@ -65,7 +65,8 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
         if options.verify == "raise":
             cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
             example = {s: hint for s, (_, _, hint) in symbols.items()}
-            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example)
+            probe = verdict.probes[-1] if verdict.probes else None
+            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example, probe)
             raise VerificationError(
                 f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
             )
@@ -100,13 +101,15 @@ def _check_rounding(emitted: Emitted, cluster: Cluster) -> Verdict:
     exact: dict[str, torch.Tensor] = {}
     stored: dict[str, torch.Tensor] = {}
     dtype = torch.float32
+    fits = True
     for name in parameters_of(emitted, cluster):
         value = emitted.gm
         for part in name.split("."):
             value = getattr(value, part)
         exact[name], stored[name] = emitted.parameters[name].tensor(), value.detach()  # type: ignore[operator]
         dtype = stored[name].dtype
-    return check_rounding(exact, stored, dtype)
+        fits &= emitted.parameters[name] not in emitted.unfit
+    return check_rounding(exact, stored, dtype, fits=fits)
 
 
 def _release(emitted: Emitted, cluster: Cluster) -> None:

@@ -86,17 +86,16 @@ def compare(expected: torch.Tensor, got: torch.Tensor, noise: torch.Tensor | Non
     """
     if expected.numel() == 0:
         return Miss(0.0, (), 0.0, 0.0, 0.0, 0.0)
-    magnitude = expected.abs()
-    scale = float(magnitude.amax()) or 1.0
-    error = (expected - got).abs_()
-    if math.isfinite(scale) and math.isfinite(most := float(error.amax())) and (
-        noise is None or bool(noise.isfinite().all())
-    ):
+    least, greatest = map(float, torch.aminmax(expected - got))
+    most = max(-least, greatest)
+    field = expected.abs() if noise is None else torch.maximum(noise, expected.abs())
+    slices = _slices(field)
+    top = float(slices[0].amax()) if slices else float(field)
+    scale = (top if noise is None else float(expected.abs().amax())) or 1.0
+    if math.isfinite(scale) and math.isfinite(most) and math.isfinite(top):
         # Most evaluations pass everywhere by the tolerance of their quietest slice, which is cheap to know.
-        field = magnitude if noise is None else torch.maximum(noise, magnitude)
-        top = float(field.amax())
-        least = max(min((float(s.amin()) for s in _slices(field)), default=top), _FLOOR * top)
-        if most <= (tolerance := UNITS * UNIT_ROUNDOFF * least):
+        quietest = max(min((float(s.amin()) for s in slices), default=top), _FLOOR * top)
+        if most <= (tolerance := UNITS * UNIT_ROUNDOFF * quietest):
             return Miss(most / tolerance if most else 0.0, (), 0.0, 0.0, most / scale, tolerance / scale)
     return _worst_entry(expected, got, noise)
 

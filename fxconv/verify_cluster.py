@@ -67,7 +67,7 @@ class Probe:
     seed: int
     """The inputs are made of `fxconv.probe.Numbers` of this seed, from the first on."""
     error: float
-    """Largest error ÷ largest magnitude of the original's output."""
+    """Largest error ÷ largest magnitude of the original's output; 1 where there is nothing to compare with it."""
     tolerance: float
     """Tolerance at the entry nearest to (or furthest above) it ÷ the same."""
 
@@ -276,16 +276,10 @@ class _Check:
         shapes = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else (a,) for a in args)
         where = f"on {'/'.join(kinds)} inputs of shape {', '.join(map(str, shapes))}"
         try:
-            got = _call(self.replacement, args)
-        except Exception as error:  # noqa: BLE001
-            raise _Failed(f"the replacement raises {where}, the original does not: {_text(error)}") from error
-        if len(got) != len(expected):
-            raise _Failed(f"{len(got)} outputs instead of {len(expected)}")
-        for k, (e, g) in enumerate(zip(expected, got, strict=True)):
-            if e.shape != g.shape:
-                raise _Failed(f"output {k} has shape {tuple(g.shape)} instead of {tuple(e.shape)} {where}")
-            if e.dtype != g.dtype:
-                raise _Failed(f"output {k} is {g.dtype} instead of {e.dtype} {where}")
+            got = self._same_in_kind(args, expected, where)
+        except _Failed:
+            self.probes.append(Probe(kinds, shapes, seed, 1.0, 0.0))
+            raise
         # Noise only ever allows more, and to measure it is to run the original once more: most probes pass without.
         worst, which = self._worst(expected, got, [None] * len(expected))
         if worst.ratio > 1:
@@ -301,6 +295,21 @@ class _Check:
                 f"{worst.error:.1e} of the output's magnitude, {worst.ratio:.1e} times what rounding explains"
             )
         return [e.shape for e in expected]
+
+    def _same_in_kind(self, args: list[Any], expected: list[torch.Tensor], where: str) -> list[torch.Tensor]:
+        """The replacement's outputs. Raises _Failed where they are not of the number, shapes and dtypes expected."""
+        try:
+            got = _call(self.replacement, args)
+        except Exception as error:  # noqa: BLE001
+            raise _Failed(f"the replacement raises {where}, the original does not: {_text(error)}") from error
+        if len(got) != len(expected):
+            raise _Failed(f"{len(got)} outputs instead of {len(expected)}")
+        for k, (e, g) in enumerate(zip(expected, got, strict=True)):
+            if e.shape != g.shape:
+                raise _Failed(f"output {k} has shape {tuple(g.shape)} instead of {tuple(e.shape)} {where}")
+            if e.dtype != g.dtype:
+                raise _Failed(f"output {k} is {g.dtype} instead of {e.dtype} {where}")
+        return got
 
     @staticmethod
     def _worst(

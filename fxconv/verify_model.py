@@ -41,6 +41,7 @@ from fxconv.judge import FACTOR, Judge, OutputError, Run
 from fxconv.model_inputs import Batches, fixed_batch
 from fxconv.outputs import (
     OverflowFound,
+    comparable,
     contiguity,
     flatten_output,
     is_floating,
@@ -251,7 +252,8 @@ class _Comparison:
         copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         args, kwargs = pytree.tree_unflatten(copies, self.spec)
         try:
-            return flatten_output(module(*args, **kwargs))
+            leaves, spec = flatten_output(module(*args, **kwargs))
+            return list(map(comparable, leaves)), spec
         finally:
             self.restore()
 
