@@ -87,7 +87,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
         if not name.startswith("ssd"):
             keywords |= {"min_size": 96, "max_size": 128}
         if "rcnn" in name:  # with random weights every proposal looks like an object, and is cut out a mask for
-            keywords |= {"rpn_post_nms_top_n_test": 64, "box_detections_per_img": 16}
+            keywords |= {"rpn_post_nms_top_n_test": 64, "box_detections_per_img": 4}
         return torchvision.models.get_model(name, **keywords), _images((3, 96, 128))
     model = torchvision.models.get_model(name, **keywords)
     if name.startswith("raft"):
