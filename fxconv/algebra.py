@@ -308,6 +308,8 @@ def _compose_numbers(
         *("".join(letters[s] for s in subs if s >= 0) for subs in (subs2, subs1, subs_out))
     )
     if not relations:
+        if {*subs2, *subs1} <= {*subs_out}:  # nothing is summed: a scale
+            return _spread(k2, subs2, subs_out) * _spread(k1, subs1, subs_out)
         return torch.einsum(equation, k2, k1).contiguous()
     out = k1.new_zeros(tuple(int(s) for s in shape))
     for combo in itertools.product(*choices):
@@ -318,6 +320,15 @@ def _compose_numbers(
             i2[axis2[y]], i1[axis1[y]], io[axis_out[y]] = in_outer, in_inner, in_out
         out[tuple(io)] += torch.einsum(equation, k2[tuple(i2)], k1[tuple(i1)])  # type: ignore[index]
     return out
+
+
+def _spread(t: torch.Tensor, subs: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    """A view with the axes named ``subs`` in this order, and size 1 for those that it does not have."""
+    t = t.permute([subs.index(s) for s in order if s in subs])
+    for position, s in enumerate(order):
+        if s not in subs:
+            t = t.unsqueeze(position)
+    return t
 
 
 @dataclass(frozen=True)

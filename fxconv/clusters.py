@@ -194,7 +194,8 @@ class Cutter:
             if node.op == "get_attr":
                 name = f"constant_{len(env)}"
                 kernel = exact.get(str(node.target))
-                value = kernel.tensor() if kernel is not None else _attribute(source, str(node.target))
+                # Contiguous as the emitted one is: a convolution's output has its weight's order of dims.
+                value = kernel.tensor().contiguous() if kernel is not None else _attribute(source, str(node.target))
                 value = value.detach()
                 root.register_buffer(name, value.double() if value.is_floating_point() else value)
                 env[node.name] = graph.get_attr(name)
@@ -215,7 +216,7 @@ class Cutter:
         for role in ("weight", "bias"):
             kernel = exact.get(f"{name}.{role}")
             if kernel is not None:
-                memo[id(getattr(module, role))] = nn.Parameter(kernel.tensor().detach(), requires_grad=False)
+                memo[id(getattr(module, role))] = nn.Parameter(kernel.tensor().contiguous().detach(), requires_grad=False)
         module = copy.deepcopy(module, memo).double()
         return module.eval()
 

@@ -67,9 +67,7 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
             example = {s: hint for s, (_, _, hint) in symbols.items()}
             probe = verdict.probes[-1] if verdict.probes else None
             script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example, probe)
-            raise VerificationError(
-                f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}"
-            )
+            raise VerificationError(f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}")
         for cluster, verdict, pair in failed:
             logger.warning("%s is taken back: %s", cluster.node, verdict.reason)
             outcome.rolled_back[cluster.node] = (cluster, verdict, pair.nodes)
@@ -187,6 +185,4 @@ def verify_model(
     exact = None
     if emitted and all(exactness(emitted, c) == "exact" for c in emitted.clusters):
         exact = _Exact(emitted, dict(b.named_parameters()))
-    return check_model(
-        a, b, captured.args, captured.kwargs, exact=exact, exact_if_unstable=True, seed=options.seed
-    )
+    return check_model(a, b, captured.args, captured.kwargs, exact=exact, exact_if_unstable=True, seed=options.seed)

@@ -150,8 +150,8 @@ def _later(t: Tensor, d: int) -> Tensor:
 
 
 def _faint(t: Tensor, m: Map) -> Tensor | None:
-    """All but a trace of one weight."""
-    t.view(-1)[-1].mul_(1 + 1e-9)
+    """One weight of many."""
+    t[(-1,) * t.dim()] *= 1 + 1e-9
     return t
 
 

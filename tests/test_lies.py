@@ -110,9 +110,7 @@ def test_a_lie_is_raised_with_a_reproduction(name: str, tmp_path: Path) -> None:
     """Pasted into a fresh interpreter, it shows that they differ."""
     with pytest.raises(VerificationError, match="is not what it replaced") as caught:
         objective = OBJECTIVE.get(name, "latency")
-        fxconv.transform(
-            model(), torch.randn(X).double(), laws=LIES[name], verify="raise", objective=objective, capture="symbolic"
-        )
+        fxconv.transform(model(), torch.randn(X).double(), laws=LIES[name], verify="raise", objective=objective, capture="symbolic")
     script = tmp_path / "pasted.py"
     script.write_text(str(caught.value).split("\n\n", 1)[1])
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=True).stdout

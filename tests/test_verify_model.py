@@ -263,9 +263,7 @@ def test_random_models_cannot_be_verified(module: nn.Module, op: str) -> None:
 
 @pytest.mark.parametrize("how", [lambda x: F.dropout(x, training=True), lambda x: x + torch.rand_like(x)])
 @pytest.mark.parametrize("capture", ["auto", "symbolic"])
-def test_a_model_that_is_random_in_eval_mode_is_transformed_and_said_to_be(
-    how: Callable[[Tensor], Any], capture: str
-) -> None:
+def test_a_model_that_is_random_in_eval_mode_is_transformed_and_said_to_be(how: Callable[[Tensor], Any], capture: str) -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)), Outputs(how)).eval()
     report = fxconv.report(fxconv.transform(model, torch.randn(2, 3, 8, 8), capture=capture))
     assert report.applied, "what is not random is rewritten"
