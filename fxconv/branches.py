@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
-from fxconv.algebra import Raw, Splits, as_value, compose, normal, raw, refine, regroup
+from fxconv.algebra import compose, regroup
 from fxconv.axes import Size, common_refinement, is_static
 from fxconv.expr import (
     Kept,
@@ -24,6 +24,8 @@ from fxconv.expr import (
     split_view,
 )
 from fxconv.kernel import Kernel
+from fxconv.normal_form import normal
+from fxconv.raw import Raw, Splits, as_value, raw, refine
 from fxconv.window import Filter
 
 

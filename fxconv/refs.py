@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
-from fxconv.algebra import as_value, map_constant, normal, view_constant
 from fxconv.axes import Size, common_refinement, product, same, split_like
+from fxconv.constant_images import map_constant, view_constant
 from fxconv.expr import Const, Map, Role, Sum, Value, View, view
 from fxconv.kernel import Kernel
+from fxconv.normal_form import normal
+from fxconv.raw import as_value
 
 
 class LiftError(Exception):

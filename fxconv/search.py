@@ -12,10 +12,11 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fxconv.algebra import as_value, normal
 from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, view
 from fxconv.law import Context, Joint, Law, Refusal
+from fxconv.normal_form import normal
+from fxconv.raw import as_value
 from fxconv.refs import make_sum
 from fxconv.state import IMPOSSIBLE, State
 from fxconv.sums import concatenated

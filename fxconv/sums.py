@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fxconv.algebra import constant_before
 from fxconv.axes import Size, is_static
+from fxconv.constant_images import constant_before
 from fxconv.expr import Const, Kept, Map, Sum, Value, View, Window, is_selection
 from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv import kernel as kernels
-from fxconv.algebra import map_constant
+from fxconv.constant_images import map_constant
 from fxconv.expr import Const, Kept, Map, New, Shared, Sum, Value
 from fxconv.law import Context, Law, Outcome
 from fxconv.refs import make_sum

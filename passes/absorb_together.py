@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import as_value, compose, map_constant, meet, normal, view_constant
+from fxconv.algebra import compose, meet
+from fxconv.constant_images import map_constant, view_constant
 from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, view
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
+from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
+from fxconv.raw import as_value
 from fxconv.refs import make_sum
 
 MOST = 16

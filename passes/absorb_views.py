@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import as_value, view_constant
 from fxconv.branches import as_branch, merge
+from fxconv.constant_images import view_constant
 from fxconv.expr import Apply, Const, Map, Sum, Value, View, permute_view, view
 from fxconv.law import Context, Law, Outcome
+from fxconv.raw import as_value
 from fxconv.refs import make_sum
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv import kernel as kernels
-from fxconv.algebra import Meeting, as_value, meet, moved, normal, regroup
+from fxconv.algebra import Meeting, meet, regroup
 from fxconv.axes import is_static
 from fxconv.expr import Kept, Map, New, Role, Shared, Value, Window, is_selection, split_view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
+from fxconv.normal_form import normal
+from fxconv.raw import as_value, moved
 from fxconv.window import affine_pairs
 
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 
 from fxconv import kernel as kernels
-from fxconv.algebra import normal
 from fxconv.axes import Size, is_static
 from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, Window, is_selection, kernel_shape, role_size
 from fxconv.law import Context, Law, Outcome, Refusal
+from fxconv.normal_form import normal
 from fxconv.window import affine_pairs
 
 MOST = 2**26

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.algebra import join, map_constant, meet, normal, view_constant
+from fxconv.algebra import join, meet
+from fxconv.constant_images import map_constant, view_constant
 from fxconv.expr import Const, Map, Sum, Value, View, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
+from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
 

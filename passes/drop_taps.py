@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fxconv import kernel as kernels
-from fxconv.algebra import normal
 from fxconv.axes import is_static
 from fxconv.expr import Const, Map, Role, Value, Window, axis_positions
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome
+from fxconv.normal_form import normal
 from fxconv.passes.recover import native
 from fxconv.window import live_taps
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fxconv.algebra import view_constant
+from fxconv.constant_images import view_constant
 from fxconv.expr import Const, Sum, Value, View, view
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome, through_view

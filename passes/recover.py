@@ -23,11 +23,13 @@ import torch
 
 from fxconv import kernel as kernels
 from fxconv import structures
-from fxconv.algebra import as_value, normal, view_constant
 from fxconv.axes import Size, is_static
+from fxconv.constant_images import view_constant
 from fxconv.expr import Const, Kept, Map, New, Role, Shared, Sum, Value, View, Window, kernel_shape, view
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome
+from fxconv.normal_form import normal
+from fxconv.raw import as_value
 from fxconv.refs import make_sum
 from fxconv.structures import Axis
 from fxconv.window import Filter, selection_filter

@@ -40,12 +40,16 @@ QUICK = ("repvgg_a0", "repghostnet_050")
 """The networks that every run takes anyway."""
 
 HEAVY = (
+    "test_torchvision[swin_t]",
+    "test_torchvision[inception_v3]",
+    "test_torchvision[googlenet]",
     "test_quantised[mobileone_s0]",
     "test_executorch_pass[mobileone_s0]",
     "test_torch_compile[mobileone_s0-_backend]",
     "test_torch_compile[mobileone_s0-_inductor_pass]",
 )
-"""Pipelines that take minutes to lower the thousand operators that mobileone_s0 has before it is transformed."""
+"""The slowest of torchvision's networks, and pipelines that take minutes to lower the thousand operators that mobileone_s0 has
+before it is transformed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

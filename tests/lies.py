@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fxconv import kernel as kernels
-from fxconv.algebra import as_value
 from fxconv.expr import Apply, Const, Kept, Map, New, Shared, Sum, Value, View, Window
 from fxconv.law import Context, Joint, Law, Outcome
 from fxconv.passes import LAWS, merge_siblings
+from fxconv.raw import as_value
 from fxconv.refs import make_sum
 
 SPOT = 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxconv import kernel as kernels
-from fxconv.algebra import map_constant, view_constant
+from fxconv.constant_images import map_constant, view_constant
 from fxconv.expr import Const, Leaf, Map, Sum, Value, View, walk
 from fxconv.refs import Ref, add_constants
 
