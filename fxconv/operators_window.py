@@ -12,7 +12,7 @@ from torch import fx
 from fxconv import kernel as kernels
 from fxconv.axes import Size, as_size, is_static, quotient, same
 from fxconv.expr import Const, Kept, New, Resample, Role, Value, Window
-from fxconv.operators import out_shape, rule, scale
+from fxconv.operators import broadcast, out_shape, rule, scale
 from fxconv.refs import LiftError, Ref, arrange, make_map, make_sum, refine_together
 from fxconv.resample import CUBIC
 from fxconv.window import Filter, conv_filter, nearest_filter, selection_filter
@@ -186,9 +186,11 @@ def _interpolate(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
         elif mode == "nearest" and exact and down is not None and is_static(down):
             windows[d] = Window(0, selection_filter(0, n, m, int(down)), m)
             taps.append(1)
-        elif n == 1:
+        elif n == 1 and is_static(m):
             windows[d] = Window(0, Filter(1, 1, int(m), 1, int(m) - 1, int(m) - 1), m)
             taps.append(int(m))
+        elif n == 1:
+            continue  # one pixel, at every place of an image of dynamic size
         else:
             resampled[d] = Resample(0, kind, () if kind == "adaptive_avg" else (align_corners, factor), m)
     out = ref
@@ -196,7 +198,7 @@ def _interpolate(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
         out = along_dims(out, windows, kernels.uniform(taps, 1.0))
     if resampled:
         out = along_dims(out, resampled, kernels.uniform((), 1.0))
-    return out
+    return broadcast(out, shape)
 
 
 # -- Padding, slicing, concatenation ----------------------------------------------------------------------------------

@@ -119,3 +119,31 @@ def test_a_rewrite_that_reads_parts_and_a_dtype() -> None:
         assert kinds(result)["conv"] == 1
         x = (draw((3, 6, 8, 12), 2),)
         assert relative_error(run(result, x), run(model, x)) < 1e-12
+
+
+class PooledImage(nn.Module):
+    """The image-wide branch of DeepLab's pyramid: one pixel, spread over an image of whatever size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.everywhere = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1, bias=False)
+        self.norm, self.out = nn.BatchNorm2d(8), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 6, H, W] → [N, 5, H, W]."""
+        pooled = torch.relu(self.norm(self.everywhere(nn.functional.adaptive_avg_pool2d(x, 1))))
+        spread = nn.functional.interpolate(pooled, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return self.out(torch.cat([self.here(x), spread], 1))
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_one_pixel_spread_over_a_dynamic_size(capture: str) -> None:
+    model = randomise(PooledImage(), 1).double()
+    result = fxconv.transform(model, draw((2, 6, 9, 11), 1), capture=capture)
+    report = fxconv.report(result)
+    assert report.verified
+    assert not report.rolled_back
+    assert kinds(result)["batch_norm"] == kinds(result)["cat"] == 0
+    for shape in ((1, 6, 9, 11), (3, 6, 8, 5)):
+        x = (draw(shape, 2),)
+        assert relative_error(run(result, x), run(model, x)) < 1e-12
