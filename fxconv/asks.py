@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxconv.axes import Size, is_static, same, shape_of
+from fxconv.axes import is_static, same, same_shape, shape_of
 from fxconv.functional import has_effect
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
@@ -83,17 +83,13 @@ def _questions(ask: fx.Node) -> list[tuple[fx.Node, int | None]]:
     return parts if len(parts) == len(ask.users) else [(ask, None)]  # type: ignore[return-value]
 
 
-def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-
-
 def _redirect_like(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx.Node, int]) -> None:
     """Let ``x.reshape_as(n)`` take the shape of another tensor."""
     wanted = shape_of(n.meta["val"])
     for other in alive:
         if position[other] >= position[ask]:
             break
-        if _same_shape(shape_of(other.meta["val"]), wanted):
+        if same_shape(shape_of(other.meta["val"]), wanted):
             ask.args = (ask.args[0], other)
             return
     if "expand" not in str(ask.target):
@@ -140,7 +136,7 @@ def _redirect(
         if other.meta["val"].dtype != n.meta["val"].dtype:
             continue
         if dim is None:
-            if not _same_shape(have, wanted):
+            if not same_shape(have, wanted):
                 continue
             new_dim: int | None = None
         else:

@@ -60,6 +60,11 @@ def same(a: Size, b: Size) -> bool:
     return a == b or _expanded_difference_is_zero(sympy.sympify(a), sympy.sympify(b))
 
 
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes have as many sizes, and the `same` ones."""
+    return len(a) == len(b) and all(map(same, a, b))
+
+
 @lru_cache(maxsize=65536)
 def _quotient(a: sympy.Expr, b: sympy.Expr) -> Size | None:
     ratio = sympy.cancel(a / b)

@@ -13,6 +13,16 @@ from fxconv.raw import Raw, densify_resampling, moved, raw
 from fxconv.window import Filter, stays_inside
 
 
+def image(m: Map, between: View | None, t: Value) -> Value | str:
+    """The value of a map, after a view, at a value that is constant; or the reason why there is none."""
+    c = t.node
+    assert isinstance(c, Const)
+    if between is not None:
+        c = view_constant(View(t, between.splits, between.groups), c)
+    result = map_constant(m, c)
+    return result if isinstance(result, str) else Value(result)
+
+
 def map_constant(m: Map, c: Const) -> Const | str:
     """The value of a map at a constant; a constant stays one along windows that never read padding."""
     r = raw(m)

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, product, same
+from fxconv.axes import Size, product, same, same_shape
 from fxconv.kernel import Kernel
 from fxconv.window import Filter
 
@@ -146,7 +146,7 @@ class Sum:
             raise ValueError("a sum needs a term")
         first = self.terms[0].sizes
         for t in self.terms[1:]:
-            if len(t.sizes) != len(first) or not all(same(a, b) for a, b in zip(t.sizes, first, strict=True)):
+            if not same_shape(t.sizes, first):
                 raise ValueError(f"terms of a sum differ in shape: {first} and {t.sizes}")
 
 

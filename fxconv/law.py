@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fxconv.axes import Size, same
+from fxconv.axes import Size, same_shape
 from fxconv.expr import Map, Value, View
 
 logger = logging.getLogger("fxconv")
@@ -97,7 +97,7 @@ def _misfit(v: Value, outcome: Any) -> str | None:
     for old, new in pairs:
         if not isinstance(new, Value):
             return f"the law proposed a {type(new).__name__}, not a Value, a Joint or a Refusal"
-        if len(new.sizes) != len(old.sizes) or not all(map(same, new.sizes, old.sizes)):
+        if not same_shape(new.sizes, old.sizes):
             return f"the law proposed sizes {new.sizes} for {old.sizes}"
     return None
 

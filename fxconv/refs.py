@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, common_refinement, product, same, split_like
+from fxconv.axes import Size, common_refinement, product, same_shape, split_like
 from fxconv.constant_images import map_constant, view_constant
 from fxconv.expr import Const, Map, Role, Sum, Value, View, view
 from fxconv.kernel import Kernel
@@ -186,7 +186,7 @@ def regroup_dims(ref: Ref, shape: Sequence[Size]) -> Ref:
 
 def check_shape(ref: Ref, shape: Sequence[Size]) -> None:
     """Raises LiftError where a lifted value has not the shape that the graph says."""
-    if len(ref.dims) != len(shape) or not all(same(a, b) for a, b in zip(ref.shape, shape, strict=True)):
+    if not same_shape(ref.shape, shape):
         raise LiftError(f"lifted shape {_show(ref.shape)} is not the graph's {_show(shape)}")
 
 

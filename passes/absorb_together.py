@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import compose, meet
-from fxconv.constant_images import map_constant, view_constant
+from fxconv.constant_images import image
 from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, view
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
 from fxconv.normal_form import normal
@@ -56,11 +56,10 @@ def _through(m: Map, between: View | None, y: Value) -> Value | None:
                 return None
             out.append(composed)
         elif isinstance(t.node, Const):
-            c = t.node if between is None else view_constant(View(t, between.splits, between.groups), t.node)
-            image = map_constant(m, c)
-            if isinstance(image, str):
+            mapped = image(m, between, t)
+            if isinstance(mapped, str):
                 return None
-            out.append(Value(image))
+            out.append(mapped)
         else:
             seen = t if between is None else as_value(view(t, between.splits, between.groups))
             out.append(normal(seen, m.roles, m.kernel))
@@ -114,11 +113,10 @@ def _handed_on(u: Value, y: Value, known: Value) -> Value | None:
                 return None
             out.append(swapped)
         elif isinstance(t.node, Const):
-            c = t.node if between is None else view_constant(View(t, between.splits, between.groups), t.node)
-            image = map_constant(m, c)
-            if isinstance(image, str):
+            mapped = image(m, between, t)
+            if isinstance(mapped, str):
                 return None
-            out.append(Value(image))
+            out.append(mapped)
         else:
             return None
     return make_sum(out)

@@ -14,21 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import join, meet
-from fxconv.constant_images import map_constant, view_constant
+from fxconv.constant_images import image, view_constant
 from fxconv.expr import Const, Map, Sum, Value, View, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
-
-
-def _of_constant(m: Map, between: View | None, t: Value) -> Value | str:
-    c = t.node
-    assert isinstance(c, Const)
-    if between is not None:
-        c = view_constant(View(t, between.splits, between.groups), c)
-    result = map_constant(m, c)
-    return result if isinstance(result, str) else Value(result)
 
 
 def _plain(m: Map, between: View | None, t: Value) -> Value:
@@ -48,7 +39,7 @@ def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
 def _push(m: Map, between: View | None, t: Value, context: Context, depth: int = 24) -> Value | str:
     """The map of a term, as deep down as it goes."""
     if isinstance(t.node, Const):
-        return _of_constant(m, between, t)
+        return image(m, between, t)
     if depth == 0 or context.uses(t) > 1:
         return _term(m, between, t, absorb=False)
     if isinstance(t.node, Sum):
@@ -127,7 +118,7 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         return
     m, between, x = found
     if isinstance(x.node, Const):
-        result = _of_constant(m, between, x)
+        result = image(m, between, x)
         yield Refusal(result) if isinstance(result, str) else result
         return
     if not isinstance(x.node, Sum):
@@ -136,11 +127,11 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     constants = [t for t in x.node.terms if isinstance(t.node, Const)]
     images: list[Value] = []
     for t in constants:
-        image = _of_constant(m, between, t)
-        if isinstance(image, str):
-            yield Refusal(image)
+        constant = image(m, between, t)
+        if isinstance(constant, str):
+            yield Refusal(constant)
             return
-        images.append(image)
+        images.append(constant)
     if constants and context.uses(x) <= 1:
         # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
         # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)

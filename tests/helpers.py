@@ -24,6 +24,17 @@ import fxconv
 Args = tuple[Any, ...]
 
 
+class Outputs(nn.Module):
+    """A model that gives whatever a function makes of its input."""
+
+    def __init__(self, how: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(x)
+
+
 # --- random weights ------------------------------------------------------------------------------------------------
 
 

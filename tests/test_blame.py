@@ -10,19 +10,11 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from helpers import Outputs
 from torch import Tensor, nn
 
 from fxconv.probe import InputSpec
 from fxconv.verify import bisect, check_cluster, reproduction
-
-
-class Outputs(nn.Module):
-    def __init__(self, how: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Any:
-        return self.how(x)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Outputs
 from lies import COMPOSING, numbers, spoiling
 from torch import Tensor, nn
 
@@ -116,15 +117,6 @@ def test_single_output_models_are_no_false_alarm() -> None:
             one.bias.copy_(b.weight.double() @ a.bias.double() + b.bias.double())
         verdict = check_model(nn.Sequential(a, b), one, (torch.randn(1, 40),), seed=seed)
         assert verdict, f"{seed}: {verdict}"
-
-
-class Outputs(nn.Module):
-    def __init__(self, how: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Any:
-        return self.how(x)
 
 
 @dataclass
