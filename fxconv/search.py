@@ -16,9 +16,10 @@ from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, view
 from fxconv.law import Context, Joint, Law, Refusal
 from fxconv.normal_form import normal
+from fxconv.pricing import IMPOSSIBLE
 from fxconv.raw import as_value
 from fxconv.refs import make_sum
-from fxconv.state import IMPOSSIBLE, State
+from fxconv.state import State
 from fxconv.sums import concatenated
 
 logger = logging.getLogger("fxconv")

@@ -19,7 +19,7 @@ from fxconv.plan import Plan
 
 if TYPE_CHECKING:
     from fxconv.expr import Value
-    from fxconv.state import State
+    from fxconv.pricing import PricedValues
 
 COPYING = frozenset(
     "conv linear matmul addmm einsum avg_pool adaptive_avg_pool max_pool interpolate im2col mm bmm baddbmm "
@@ -54,7 +54,7 @@ def sliced_at(plan: Plan) -> int | None:
     return d if any(s != 1 for s in step.shape[:d]) else None
 
 
-def reading(state: State, v: Value, boundary: Sequence[Size]) -> Reading:
+def reading(state: PricedValues, v: Value, boundary: Sequence[Size]) -> Reading:
     """Who reads a slice.
 
     Args:
@@ -108,7 +108,7 @@ def read_as_view(node: fx.Node) -> bool:
     return False
 
 
-def needs_copy(state: State, v: Value) -> bool:
+def needs_copy(state: PricedValues, v: Value) -> bool:
     """Whether a slice must be made contiguous for its readers."""
     if not is_selection(v.node):
         return False
@@ -129,7 +129,7 @@ def _copies(u: Value) -> int:
     return int(not isinstance(node, (Sum, View)))
 
 
-def _alive(state: State, node: fx.Node) -> bool:
+def _alive(state: PricedValues, node: fx.Node) -> bool:
     """Whether a node of the original graph is still computed by itself."""
     ref = state.lifter.lifted.refs.get(node)
     if node not in state.lifter.lifted.ops or ref is None:
@@ -137,7 +137,7 @@ def _alive(state: State, node: fx.Node) -> bool:
     return ref.value in state.uses and (state.unchanged(ref.value) or state.lifter.lifted.is_layout(node))
 
 
-def _is_view(state: State, node: fx.Node) -> bool:
+def _is_view(state: PricedValues, node: fx.Node) -> bool:
     op = state.lifter.lifted.ops.get(node)
     return op is not None and op.name in ("reshape", "permute", "identity", "expand") or _name(node) in VIEWING
 
@@ -151,7 +151,7 @@ def _fits(node: fx.Node, inner: Size) -> bool:
     return any(same(product(shape[k:]), inner) for k in range(len(shape) + 1))
 
 
-def _is_torch(state: State, node: fx.Node) -> bool:
+def _is_torch(state: PricedValues, node: fx.Node) -> bool:
     module = state.lifter.gm.get_submodule(str(node.target))
     return isinstance(module, nn.Module) and type(module).__module__.startswith("torch.nn.")
 

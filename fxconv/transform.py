@@ -175,8 +175,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     if not profile.measured:
         captured.notes.append(f"times are predicted for {profile.name!r}, whose speeds nobody measured")
     model = CostModel(profile, sizes)
-    state = State(lifter, model, TARGETS[options.target], options.objective)
-    state.target_name = options.target
+    state = State(lifter, model, TARGETS[options.target], options.objective, target_name=options.target)
     state.load(_roots(captured.gm, lifter))
     before = state.honest_total()
     search = Search(state, _laws(options))
