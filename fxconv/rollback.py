@@ -17,7 +17,7 @@ from fxconv.options import Options
 from fxconv.outcome import Outcome, Symbols, emit, hand_back, parameters_of, symbol_ranges
 from fxconv.probe import Numbers
 from fxconv.rounding import check_rounding
-from fxconv.verify_cluster import Verdict, check_cluster
+from fxconv.verify_cluster import Probe, Verdict, check_cluster
 from fxconv.verify_model import ModelVerdict, as_module, check_model
 
 logger = logging.getLogger("fxconv")
@@ -64,9 +64,8 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
             return
         if options.verify == "raise":
             cluster, verdict, pair = min(failed, key=lambda f: len(f[2].nodes))
-            example = {s: hint for s, (_, _, hint) in symbols.items()}
             probe = verdict.probes[-1] if verdict.probes else None
-            script = reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example, probe)
+            script = _script(pair, symbols, options, probe)
             raise VerificationError(f"the rewrite of {', '.join(pair.nodes)} is not what it replaced: {verdict.reason}\n\n{script}")
         for cluster, verdict, pair in failed:
             logger.warning("%s is taken back: %s", cluster.node, verdict.reason)
@@ -74,6 +73,11 @@ def verify_clusters(outcome: Outcome, symbols: Symbols, options: Options) -> Non
             outcome.state.restore(cluster.value)
         outcome.emitted = emit(outcome.captured, outcome.state)
         outcome.after = outcome.state.total
+
+
+def _script(pair: Pair, symbols: Symbols, options: Options, probe: Probe | None = None) -> str:
+    example = {s: hint for s, (_, _, hint) in symbols.items()}
+    return reproduction(pair.original, pair.replacement, pair.inputs, options.seed, example, probe)
 
 
 def exactness(emitted: Emitted, cluster: Cluster) -> str:
@@ -119,38 +123,66 @@ def _release(emitted: Emitted, cluster: Cluster) -> None:
 def find_guilty(
     model: Any, captured: Captured, options: Options, outcome: Outcome, verdict: ModelVerdict
 ) -> tuple[Outcome, Any, ModelVerdict | None]:
-    """The whole model fails although every rewrite passed: bisect, and take back the guilty ones."""
-    clusters = outcome.emitted.clusters
-    definitions = {c.node: (c.value, outcome.state.snapshot(c.value)) for c in clusters}
+    """The whole model fails although every rewrite passed: bisect, and take back the guilty ones.
 
-    def apply(active: frozenset[int]) -> None:
-        for i, c in enumerate(clusters):
-            value, kept = definitions[c.node]
-            if i in active:
-                outcome.state.reinstate(value, kept)
-            else:
-                outcome.state.restore(value)
-        outcome.emitted = emit(captured, outcome.state)
+    What is taken back may leave a smaller rewrite in its place, which may be to blame as well: once more, then.
+    """
+    result: Any = None
+    found: ModelVerdict | None = verdict
+    for _ in range(len(outcome.state.originals)):
+        clusters = outcome.emitted.clusters
+        guilty = _bisect(model, captured, options, outcome)
+        if options.verify == "raise" and guilty:
+            raise VerificationError(_accusation(verdict, [clusters[i] for i in sorted(guilty)], captured, options, outcome))
+        for i in sorted(guilty):
+            c = clusters[i]
+            why = Verdict("failed", f"the whole model is wrong with it: {verdict.reason}")
+            outcome.rolled_back[c.node] = (c, why, outcome.pairs.get(c.node, (c.node,)))
+            outcome.verdicts.pop(c.node, None)
+            outcome.state.restore(c.value)
+        if guilty:
+            outcome.emitted = emit(captured, outcome.state)
+            outcome.after = outcome.state.total
+            verify_clusters(outcome, symbol_ranges(captured.gm), options)
+        result = hand_back(captured, outcome.emitted.gm)
+        found = verify_model(model, result, captured, options, outcome.emitted)
+        if not guilty or found is None or found.status != "failed":
+            break
+    return outcome, result, found
+
+
+def _bisect(model: Any, captured: Captured, options: Options, outcome: Outcome) -> frozenset[int]:
+    """The clusters without which the whole model passes; the state is as it was afterwards."""
+    state, clusters = outcome.state, outcome.emitted.clusters
+    kept = {v: state.snapshot(v) for v in state.originals if not state.unchanged(v)}
 
     def passes(active: frozenset[int]) -> bool:
-        apply(active)
-        found = verify_model(model, hand_back(captured, outcome.emitted.gm), captured, options, outcome.emitted)
-        return found is None or found.status != "failed"
+        names = {clusters[i].node for i in active}
+        for c in clusters:
+            if c.node not in names:
+                state.restore(c.value)
+        found = emit(captured, state)
+        while extra := [c for c in found.clusters if c.node not in names]:
+            for c in extra:  # smaller rewrites in the place of those that were taken back
+                state.restore(c.value)
+            found = emit(captured, state)
+        verdict = verify_model(model, hand_back(captured, found.gm), captured, options, found)
+        for v, how in kept.items():
+            state.reinstate(v, how)
+        return verdict is None or verdict.status != "failed"
 
-    guilty = bisect(passes, len(clusters))
-    if options.verify == "raise" and guilty:
-        names = ", ".join(clusters[i].node for i in sorted(guilty))
-        raise VerificationError(f"the rewritten model is {verdict}; the rewrite to blame: {names}")
-    for i in sorted(guilty):
-        c = clusters[i]
-        why = Verdict("failed", f"the whole model is wrong with it: {verdict.reason}")
-        outcome.rolled_back[c.node] = (c, why, outcome.pairs.get(c.node, (c.node,)))
-        outcome.verdicts.pop(c.node, None)
-    apply(frozenset(range(len(clusters))) - guilty)
-    outcome.after = outcome.state.total
-    verify_clusters(outcome, symbol_ranges(captured.gm), options)  # what was taken back may leave smaller rewrites
-    result = hand_back(captured, outcome.emitted.gm)
-    return outcome, result, verify_model(model, result, captured, options, outcome.emitted)
+    return bisect(passes, len(clusters))
+
+
+def _accusation(
+    verdict: ModelVerdict, guilty: list[Cluster], captured: Captured, options: Options, outcome: Outcome
+) -> str:
+    """Which rewrites are to blame, and a script that runs the smallest of them."""
+    cutter = Cutter(outcome.state, captured.gm, outcome.emitted)
+    pair = min((cutter.cut(c) for c in guilty), key=lambda p: len(p.nodes))
+    names = ", ".join(c.node for c in guilty)
+    what = f"the rewritten model is {verdict}; the rewrite to blame: {names}; what the smallest one replaces"
+    return f"{what}: {', '.join(pair.nodes)}\n\n{_script(pair, symbol_ranges(captured.gm), options)}"
 
 
 class _Exact(Mapping[str, torch.Tensor]):

@@ -15,8 +15,10 @@ from lies import LIES, SPOT
 from torch import Tensor, nn
 
 import fxconv
+from fxconv import rollback
 from fxconv.errors import VerificationError
 from fxconv.report import Rewrite
+from fxconv.verify_cluster import Verdict
 
 
 def folded(ci: int, co: int, k: int, **options: int) -> nn.Sequential:
@@ -107,11 +109,25 @@ def test_a_lie_is_rolled_back_alone(name: str, capture: str) -> None:
 
 @pytest.mark.parametrize("name", list(LIES)[::5])
 def test_a_lie_is_raised_with_a_reproduction(name: str, tmp_path: Path) -> None:
-    """Pasted into a fresh interpreter, it shows that they differ."""
     with pytest.raises(VerificationError, match="is not what it replaced") as caught:
         objective = OBJECTIVE.get(name, "latency")
         fxconv.transform(model(), torch.randn(X).double(), laws=LIES[name], verify="raise", objective=objective, capture="symbolic")
-    script = tmp_path / "pasted.py"
-    script.write_text(str(caught.value).split("\n\n", 1)[1])
-    said = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
-    assert float(said.split()[-1]) > 1e-11, said
+    assert shown(str(caught.value), tmp_path) > 1e-11
+
+
+def test_a_lie_that_only_the_whole_model_shows_is_raised_with_a_reproduction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it not for the check of each rewrite: the guilty one is found by bisection, and its script shows it."""
+    monkeypatch.setattr(rollback, "check_cluster", lambda *_, **__: Verdict("confirmed"))
+    with pytest.raises(VerificationError, match="the rewrite to blame: spot") as caught:
+        fxconv.transform(model(), torch.randn(X).double(), laws=LIES[next(iter(LIES))], verify="raise", capture="symbolic")
+    assert shown(str(caught.value), tmp_path) > 1e-11
+
+
+def shown(message: str, where: Path) -> float:
+    """The relative error that the script in a message prints, pasted into a fresh interpreter."""
+    script = where / "pasted.py"
+    script.write_text(message.split("\n\n", 1)[1])
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=where, check=True).stdout
+    return max(float(line.split()[-1]) for line in said.splitlines())
