@@ -45,6 +45,7 @@ HEAVY = (
     "test_torchvision[googlenet]",
     "test_quantised[mobileone_s0]",
     "test_executorch_pass[mobileone_s0]",
+    "test_torch_compile[mobileone_s0-_transformed_module]",
     "test_torch_compile[mobileone_s0-_backend]",
     "test_torch_compile[mobileone_s0-_inductor_pass]",
 )

@@ -125,8 +125,8 @@ RUNTIMES: dict[str, Deploy] = {
     "executorch": deploy.executorch,
 }
 
-SLOW = {("mobileone_s0", "executorch"), ("mobileone_s0", "aot_inductor"), ("mobileone_s0", "core_ml")}
-"""Originals of a thousand operators that take a minute to lower. PyTorch's own rounding stands in for theirs, but under --full."""
+SLOW = {*((name, "aot_inductor") for name in ZOO), *(("mobileone_s0", to) for to in ("executorch", "openvino_from_onnx", "core_ml"))}
+"""Originals that take up to a minute to lower. PyTorch's own rounding stands in for theirs, but under --full."""
 
 FACTOR, FLOOR = 4, 2e-6
 """How many times the original's error the transformed model's may be, and what is always allowed: some roundoffs of float32."""

@@ -15,8 +15,13 @@ from zoo.networks import TORCHVISION, torchvision_model
 import fxconv
 
 
+SQUARE = ("vit_b_16",)
+"""Position embeddings for square images only."""
+
+
 def example(name: str, batch: int = 2) -> torch.Tensor:
-    return draw((batch, 3, TORCHVISION[name], TORCHVISION[name]), batch)
+    size = TORCHVISION[name]
+    return draw((batch, 3, size, size if name in SQUARE else size + 32), batch)
 
 
 def moved_by(result: fx.GraphModule, weight: torch.Tensor, x: torch.Tensor, want: Any) -> float:
