@@ -5,8 +5,9 @@ and in the model's own dtype. With O₆₄ the original in float64 (every weight
 for each output its error relative to O₆₄, in the largest entry and in the root mean square over each sample:
 
 - float32, bfloat16, float16: the result's error may be at most FACTOR times the *original's own* error, plus FLOOR unit
-  roundoffs. No tolerance is chosen: a model that loses three digits in float32 may go on losing them, one that loses
-  none may not begin to. The same holds for the result in float64, whose weights were rounded once.
+  roundoffs (of a result computed in float32 ACCUMULATED, for what operators round that sum more products than the
+  original's). No tolerance is chosen: a model that loses three digits in float32 may go on losing them, one that loses
+  none may not begin to. The same holds for the result in float64, whose weights were rounded once, with FLOOR.
 - float64: there is nothing more accurate to measure against, so the original's error is estimated by Monte Carlo
   arithmetic (one more run, each operation's result perturbed, see `fxconv.tolerance`) and the result may lie UNITS
   roundoffs of that away. The same holds for a float32 result in float64 if its weights are given unrounded (``exact``).
