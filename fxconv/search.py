@@ -278,6 +278,7 @@ class Search:
         """Steps inside a value that an original node computes as a whole: a convolution's map, without its bias.
 
         Its inner values are not alive, so rewriting them is rewriting v; restating v first would cost a level of depth.
+        Views are no operations, so what an inner view is of is as near.
         """
         state = self.state
         if not state.unchanged(v) or isinstance(v.node, Apply):
@@ -291,19 +292,25 @@ class Search:
             if isinstance(t.node, Map) and state.uses.get(t.node.x, 0) > 1
         }
         for t in operands(v.node):
-            if t in state.uses or t in state.originals or t in read_elsewhere or not isinstance(t.node, (Map, Sum)):
+            x = t.node.x if isinstance(t.node, View) and self._inside(t) else t
+            if t in read_elsewhere or not self._inside(x) or not isinstance(x.node, (Map, Sum)):
                 continue
             for law in self.laws:
                 if law.name == "restate" or law.late:
                     continue
-                for outcome in law(t, self.context):
+                for outcome in law(x, self.context):
                     if isinstance(outcome, Refusal):
                         key = (v.id, law.name, outcome.reason)
                         if key not in self.refusals:
                             self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
                     elif isinstance(outcome, Value):
-                        found.append([(v, _substituted(v, t, outcome), law.name)])
+                        within = outcome if x is t else _substituted(t, x, outcome)
+                        found.append([(v, _substituted(v, t, within), law.name)])
         return found
+
+    def _inside(self, x: Value) -> bool:
+        """Whether x is computed as a part of an original node's value only."""
+        return x not in self.state.uses and x not in self.state.originals
 
     def _margin(self, steps: Sequence[Step]) -> float:
         """What a move must save before it counts."""
