@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Outcome, check, draw, n_params, randomise, said
+from graphs import kinds
+from helpers import Outcome, check, draw, n_params, randomise, relative_error, run, said
 from torch import nn
 from zoo.moves import TABLES, normalised, relu_bn_pool_conv
 from zoo.regions import BRANCHES, CHAINS, DBB, Row, chain, only
 from zoo.spelling import SYMBOLIC, bn, build, conv, conv_transpose
+
+import fxconv
 
 ROWS = (*CHAINS, *BRANCHES, *(row for table in TABLES.values() for row in table))
 CASES = [
@@ -261,6 +264,17 @@ def test_must_not_fire(make: object, shape: tuple[int, ...], expect: dict[str, o
 
 
 # --- size and time of the search -----------------------------------------------------------------------------------
+
+
+def test_batch_norm_behind_a_convolution_on_windows_of_an_image() -> None:
+    """The convolution is one of images of 7 x 7 to the graph, and of windows of 14 x 14 to an expression."""
+    from timm.models.efficientvit_msra import LocalWindowAttention
+
+    block = randomise(LocalWindowAttention(12, 4, num_heads=2, attn_ratio=1.5, resolution=14, window_resolution=7), 2).double()
+    x = draw((3, 12, 14, 14), 0)
+    result = fxconv.transform(block, x)
+    assert fxconv.report(result).verified and relative_error(run(result, (x,)), run(block, (x,))) < 1e-12
+    assert not kinds(result)["batch_norm"] and not kinds(result)["addcmul"]
 
 
 def test_a_chain_of_200_linears_is_one_linear() -> None:
