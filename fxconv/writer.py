@@ -59,6 +59,12 @@ def _uncached(mode: Any) -> Iterator[None]:
         mode.cache_enabled = enabled
 
 
+def _linear_value(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The fake result of a Linear: [..., in] → [..., out], contiguous. ATen's own folds the leading dims into one and
+    unfolds them again, and of dynamic sizes that takes sympy a second each."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _looks(x: Any) -> Any:
     """What a fake result depends on in an argument."""
     if isinstance(x, torch.Tensor):
@@ -160,7 +166,8 @@ class Writer:
             if key not in self._values:
                 # Composite operators take symbolic sizes only under the Python dispatcher.
                 with _uncached(mode), enable_python_dispatcher():
-                    self._values[key] = target(*fake_args, **fake_kwargs)
+                    compute = _linear_value if target is aten.linear.default else target
+                    self._values[key] = compute(*fake_args, **fake_kwargs)
             return self._values[key]
 
     def again(self, node: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node:

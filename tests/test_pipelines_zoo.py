@@ -125,7 +125,7 @@ RUNTIMES: dict[str, Deploy] = {
     "executorch": deploy.executorch,
 }
 
-SLOW = {*((name, "aot_inductor") for name in ZOO), *(("mobileone_s0", to) for to in ("executorch", "openvino_from_onnx", "core_ml"))}
+SLOW = {(name, "aot_inductor") for name in ZOO} | {("mobileone_s0", to) for to in ("executorch", "openvino_from_onnx", "core_ml")}
 """Originals that take up to a minute to lower. PyTorch's own rounding stands in for theirs, but under --full."""
 
 FACTOR, FLOOR = 4, 2e-6

@@ -14,7 +14,6 @@ from zoo.networks import TORCHVISION, torchvision_model
 
 import fxconv
 
-
 SQUARE = ("vit_b_16",)
 """Position embeddings for square images only."""
 
