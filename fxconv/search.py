@@ -9,7 +9,7 @@ outcome is kept. Repeated until nothing changes. Deterministic: values are visit
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
@@ -37,6 +37,7 @@ class Budget:
         beam: how many of them are followed per level.
         trials: how many tentative steps one value may cause.
         looks: how many times the laws may be asked on behalf of one value.
+        readers: how many readers of a value may be looked at after a step at that value; of more, none are.
         reach: how much a step may cost on the way, in prices of the value that it starts at (with what was made for it).
     """
 
@@ -44,6 +45,7 @@ class Budget:
     beam: int = 3
     trials: int = 160
     looks: int = 48
+    readers: int = 4
     reach: float = 3.0
 
 
@@ -246,12 +248,14 @@ class Search:
                 out[y] = None
         return list(out)
 
-    def _readers(self, x: Value) -> Iterator[Value]:
-        """The values that read x; who reads a view of x reads x."""
+    def _few_readers(self, x: Value) -> list[Value]:
+        """The values that read x, and of a view of x who reads that; none of more than a few moves could follow a step at x."""
+        found: list[Value] = []
         for u in self.state.users.get(x, ()):
-            yield u
+            found.append(u)
             if isinstance(u.node, View):
-                yield from self.state.users.get(u, ())
+                found += self.state.users.get(u, ())
+        return found if len(found) <= self.budget.readers else []
 
     def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
         """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
@@ -367,7 +371,7 @@ class Search:
                 self._redefine(steps)
                 nearby = [x for x, _, _ in steps]
                 nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
-                nearby += [u for x, _, _ in steps for u in self._readers(x) if u not in nearby]
+                nearby += [u for x, _, _ in steps for u in self._few_readers(x) if u not in nearby]
                 path = self._path
                 self._path = path | {x for x, _, _ in steps}
                 deeper = self._explore(nearby, depth - 1, start)
