@@ -24,8 +24,8 @@ import torch
 from torch import fx, nn
 
 from fxconv.capture import capture
+from fxconv.emit import module_path
 from fxconv.errors import FxconvError, VerificationError
-from fxconv.outcome import module_path
 from fxconv.report import Capture, Remark, Report, Rewrite, attach
 from fxconv.resample import matrix
 from fxconv.spelling import Barrier, Op, canonical

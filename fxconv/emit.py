@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,9 @@ from fxconv.state import State
 from fxconv.strides import needs_copy
 from fxconv.sums import plan_sum
 from fxconv.writer import Writer
+
+_DYNAMO_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+"""How Dynamo writes the variable that holds the model, in front of a module's path."""
 
 
 @dataclass(frozen=True)
@@ -265,14 +269,17 @@ class Emitter:
         return total, plan.layout
 
 
-def _stem(node: fx.Node) -> str:
-    """A name that says where a node came from: its module's path where there is one."""
+def module_path(node: fx.Node) -> str:
+    """The qualified name of the module that a node belongs to, "" where it is not known."""
+    if node.op == "call_module":
+        return str(node.target)
     stack = node.meta.get("nn_module_stack")
     if isinstance(stack, dict) and stack:
-        path = str(next(reversed(list(stack.values())))[0])
-        path = path.replace("L['self'].", "").replace("L['self']", "").strip(".")
-        if path:
-            return "".join(c if c.isalnum() else "_" for c in path).strip("_")
-    if node.op == "call_module":
-        return str(node.target).replace(".", "_")
-    return node.name
+        path = str(list(stack.values())[-1][0])
+        return _DYNAMO_ROOT.sub("", path).strip(".")
+    return ""
+
+
+def _stem(node: fx.Node) -> str:
+    """A name that says where a node came from: its module's path where there is one."""
+    return "".join(c if c.isalnum() else "_" for c in module_path(node)).strip("_") or node.name

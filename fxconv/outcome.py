@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,6 @@ from fxconv.program import fake_mode_of, set_attribute
 from fxconv.search import Search
 from fxconv.state import State
 from fxconv.verify_cluster import Verdict
-
-_DYNAMO_ROOT = re.compile(r"^[LG]\['[^']*'\]")
-"""How Dynamo writes the variable that holds the model, in front of a module's path."""
 
 Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
 
@@ -87,17 +83,6 @@ def parameters_of(emitted: Emitted, cluster: Cluster) -> list[str]:
         elif node.op == "call_module":
             out += [n for n in (f"{node.target}.weight", f"{node.target}.bias") if n in emitted.parameters]
     return out
-
-
-def module_path(node: fx.Node) -> str:
-    """The qualified name of the module that a node belongs to, "" where it is not known."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if isinstance(stack, dict) and stack:
-        path = str(list(stack.values())[-1][0])
-        return _DYNAMO_ROOT.sub("", path).strip(".")
-    return ""
 
 
 def symbol_ranges(gm: fx.GraphModule) -> Symbols:

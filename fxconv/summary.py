@@ -10,9 +10,10 @@ from fxconv import fingerprint
 from fxconv.advice import advice
 from fxconv.captured import Captured
 from fxconv.cost import Price
+from fxconv.emit import module_path
 from fxconv.expr import Leaf, Value
 from fxconv.options import Options
-from fxconv.outcome import Outcome, module_path
+from fxconv.outcome import Outcome
 from fxconv.report import Capture, Cost, Remark, Report, Rewrite
 from fxconv.rollback import exactness
 from fxconv.spelling import user_name

@@ -15,14 +15,14 @@ from fxconv import kernel as kernels
 from fxconv.asks import asks_shape
 from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
-from fxconv.emit import Emitted
+from fxconv.emit import Emitted, module_path
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Value
 from fxconv.law import Law
 from fxconv.lift import Lifter
 from fxconv.measure import Judge, example_sizes, whole
 from fxconv.options import Options
-from fxconv.outcome import Outcome, emit, hand_back, module_path, parameters_of, symbol_ranges
+from fxconv.outcome import Outcome, emit, hand_back, parameters_of, symbol_ranges
 from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
 from fxconv.report import Report, attach, read
