@@ -72,6 +72,10 @@ _SMALL = 2**14
 """Entries up to which a value is remembered: larger ones would come to whole float64 models."""
 
 
+_LONG = 1000
+"""Characters of a computation in words up to which it is compared with others."""
+
+
 class Constants:
     """Constant evaluation in float64; small values are memoised per node. Never changes the graph or its parameters."""
 
@@ -81,6 +85,7 @@ class Constants:
         self._constant: dict[fx.Node, bool] = {}
         self._wide: dict[Any, Any] = {}
         self._native: dict[Any, Any] = {}
+        self._spelled: dict[fx.Node, str] = {}
         self._passing: list[tuple[dict[Any, Any], Any]] = []
         """What is forgotten once the value that was asked for is known."""
 
@@ -91,6 +96,21 @@ class Constants:
         if isinstance(operand, fx.Node):
             return self._node_is_constant(operand)
         return True
+
+    def spelled(self, node: fx.Node) -> str:
+        """A constant's computation in words: the same for two nodes of a functional graph that compute it alike.
+
+        Two Linears of one weight written as ``x @ w.t()`` so have one weight still. Anything else is its own name.
+        """
+        found = self._spelled.get(node)
+        if found is None:
+            found, target = node.name, node.target
+            if isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and self.is_constant(node):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.spelled)
+                text = f"{target}({args}, {kwargs})"
+                found = text if len(text) <= _LONG else found
+            self._spelled[node] = found
+        return found
 
     def _node_is_constant(self, node: fx.Node) -> bool:
         stack = [node]

@@ -121,8 +121,10 @@ class Lifter:
         if isinstance(operand, (int, float)):
             return kernels.uniform((), float(operand))
         constants = self.constants
-        name = operand.name if isinstance(operand, (fx.Node, Param)) else str(operand)
-        kind = "node" if isinstance(operand, fx.Node) else "param"
+        if isinstance(operand, fx.Node):
+            kind, name = "node", constants.spelled(operand)
+        else:
+            kind, name = "param", operand.name if isinstance(operand, Param) else str(operand)
 
         def values() -> torch.Tensor:
             return constants.value(operand).detach().to(torch.float64)

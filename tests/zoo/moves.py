@@ -58,6 +58,20 @@ def yolo_neck() -> Made:
     return layers, lambda s, x, y: F.silu(s.norm(s.conv(s.cat([s.upsample(x, 2), y]))))
 
 
+def two_upsamplings(shared: bool = True) -> Made:
+    """A pyramid's two paths, each a 1x1 and an upsampling, added; of one tensor or of two."""
+    layers = {"a": nn.Conv2d(16, 20, 1), "b": nn.Conv2d(16, 20, 1)}
+    if shared:
+        return layers, lambda s, x: s.add(s.upsample(s.a(x), 2, "bilinear"), s.upsample(s.b(x), 2, "bilinear"))
+    return layers, lambda s, x, y: s.add(s.upsample(s.a(x), 2, "bilinear"), s.upsample(s.b(y), 2, "bilinear"))
+
+
+def one_weight_twice(kind: str) -> Made:
+    """One layer applied to two tensors, added."""
+    layers = {"a": nn.Conv2d(16, 20, 3, padding=1) if kind == "conv" else nn.Linear(9, 12)}
+    return layers, lambda s, x, y: s.add(s.a(x), s.a(y))
+
+
 def dpt_fusion() -> Made:
     """Depth-Anything's fusion: x + y, upsample with align_corners, 1x1."""
     layers = {"out": nn.Conv2d(64, 48, 1)}
@@ -121,6 +135,16 @@ MOVES = (
         {"max_macs_ratio": 0.125},
         ONCE,
     ),
+    Row("two_upsamplings_of_one", two_upsamplings, ((2, 16, 7, 9),), {"max_macs_ratio": 0.51, **only(conv=1, interpolate=1)}),
+    Row(
+        "two_upsamplings",
+        lambda: two_upsamplings(shared=False),
+        ((2, 16, 7, 9), (2, 16, 7, 9)),
+        {"max_macs_ratio": 1.0, "ops": {"interpolate": 1}},
+    ),
+    # 2 * 16*20*9 -> 16*20*9
+    Row("one_conv_twice", lambda: one_weight_twice("conv"), ((2, 16, 7, 9),) * 2, {"max_macs_ratio": 0.5, "ops": {"conv": 1}}),
+    Row("one_linear_twice", lambda: one_weight_twice("linear"), ((2, 5, 9),) * 2, {"max_macs_ratio": 0.5, "ops": {"linear": 1}}),
     Row(
         "dpt_fusion",
         dpt_fusion,
