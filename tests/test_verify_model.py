@@ -434,3 +434,20 @@ def test_a_model_that_cannot_be_widened_is_said_to_be() -> None:
 
     verdict = check_model(Raises(), Raises(), (torch.randn(1, 3),))
     assert verdict.status == "not verifiable" and "float32 only" in verdict.reason
+
+
+def test_residual_blocks_that_become_one_convolution_each_are_no_false_alarm() -> None:
+    """x + f(x) hands on x exactly, and one convolution that computes both rounds a sum of 144 products."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.squeeze = nn.Conv2d(16, 256, 3, padding=1, bias=False), nn.Conv2d(256, 16, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.squeeze(self.expand(x)) + x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Block() for _ in range(5))).eval(), torch.randn(1, 16, 96, 96)
+    report = fxconv.report(fxconv.transform(model, x))
+    assert report.verified and not report.rolled_back and len(report.applied) == 5
