@@ -148,6 +148,7 @@ def find_guilty(
         found = verify_model(model, result, captured, options, outcome.emitted)
         if not guilty or found is None or found.status != "failed":
             break
+        verdict = found
     return outcome, result, found
 
 

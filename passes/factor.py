@@ -35,12 +35,9 @@ def _factor(v: Value, context: Context) -> Iterator[Outcome]:
 
 
 def _of_their_sum(terms: list[Value]) -> Value:
-    between, inner = through_view(terms[0])
-    m = inner.node
-    assert isinstance(m, Map)
-    operands = [t.node for _, t in map(through_view, terms)]
-    total = make_sum([o.x for o in operands if isinstance(o, Map)])
-    made = normal(total, m.roles, m.kernel)
+    between, _ = through_view(terms[0])
+    maps = [t.node for _, t in map(through_view, terms) if isinstance(t.node, Map)]
+    made = normal(make_sum([m.x for m in maps]), maps[0].roles, maps[0].kernel)
     return made if between is None else as_value(view(made, between.splits, between.groups))
 
 
