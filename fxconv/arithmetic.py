@@ -200,8 +200,17 @@ class Watch(TorchDispatchMode):
         return out
 
 
-WHOLE = 2**32
-"""Bytes that a float64 copy may take; of a larger model the parameters are widened node by node, as they are read."""
+WHOLE = 2**25
+"""Bytes up to which a float64 copy of a model has all its parameters.
+
+Of a larger one some are widened as they are read, at every run, so that what the run itself needs fits beside the copy.
+"""
+
+HELD = 0.8
+"""Share of a larger model's bytes that are copied: its largest parameters, which would take longest to widen each time."""
+
+LARGEST = 2**32
+"""Bytes that the copy of any model takes at most."""
 
 
 def as_float64(module: nn.Module) -> nn.Module:
@@ -217,17 +226,28 @@ def as_float64(module: nn.Module) -> nn.Module:
 def float64_copy(module: nn.Module, *, whole: bool = True) -> Iterator[nn.Module]:
     """`as_float64`, whose memory is free again when the block ends: a graph module waits for the garbage collector.
 
-    ``whole=False`` copies buffers only and shares the parameters: run it under `float64_run`, which widens them node by
-    node, as they are read.
+    ``whole=False`` copies buffers and the largest parameters, and shares the others: run it under `float64_run`, which widens
+    those as they are read.
     """
     tensors = {id(t): t for t in _tensors(module)}
-    shared = {} if whole else {key: t for key, t in tensors.items() if isinstance(t, nn.Parameter)}
+    shared = {} if whole else _widened_as_read(tensors)
     made = {key: _float64(t) for key, t in tensors.items() if key not in shared}
     try:
         yield _copied(module, {**made, **shared})
     finally:
         for t in made.values():
             t.data = torch.empty(0, dtype=t.dtype, device=t.device)
+
+
+def _widened_as_read(tensors: Mapping[int, torch.Tensor]) -> dict[int, nn.Parameter]:
+    """The parameters that do not fit into `HELD` of the bytes, nor into `LARGEST`, after those that are larger."""
+    parameters = {key: t for key, t in tensors.items() if isinstance(t, nn.Parameter)}
+    left = min(HELD * 8 * sum(t.numel() for t in parameters.values()), LARGEST)
+    for key in sorted(parameters, key=lambda k: -parameters[k].numel()):
+        if (size := 8 * parameters[key].numel()) <= left:
+            left -= size
+            del parameters[key]
+    return parameters
 
 
 @contextlib.contextmanager
@@ -238,7 +258,7 @@ def float64_run(*, whole: bool = True) -> Iterator[None]:
 
 
 def float64_fits(module: nn.Module) -> bool:
-    """Whether a float64 copy takes at most `WHOLE` bytes."""
+    """Whether a float64 copy of everything takes at most `WHOLE` bytes."""
     return sum(t.numel() for t in {id(t): t for t in _tensors(module)}.values()) * 8 <= WHOLE
 
 

@@ -21,7 +21,7 @@ dtype, is off by a quarter or of another size, only float64 with exact weights c
 
 Cost, in units of one sample: three passes of each model in float64, and one of the original for the noise where it is
 needed; three of the result in its own dtype and four of the original, whose result must be the same twice. Of float64
-models seven and three in all. Memory: one float64 copy at a time, of models above 4 GiB one float64 parameter, and the outputs.
+models seven and three in all. Memory: one float64 copy at a time, above 32 MiB of four fifths of the model, and the outputs.
 """
 
 from __future__ import annotations
