@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,15 @@ class Law:
             they could use.
         margin: what share of the time of what it replaces a move must save, where the cost model does not see all that
             it brings about.
+        numbers: of a value whose weights' numbers decide what the law proposes there, what it sees in them. The search
+            at one of many blocks that are alike stands for all of them where these are equal too.
     """
 
     name: str
     apply: Callable[[Value, Context], Iterable[Outcome]]
     late: bool = False
     margin: float = 0.0
+    numbers: Callable[[Value], Hashable] | None = None
 
     def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:
         """What the law proposes; one that fails or proposes what cannot be put in v's place has refused."""

@@ -4,17 +4,21 @@ Best-first search over whole regions exhausts any budget, because independent ch
 looked at with its neighbourhood: a step that lowers the cost is taken at once; where there is none, steps that cost
 something on the way are tried to a small depth, each followed by the improving steps that it enables, and the best
 outcome is kept. Repeated until nothing changes. Deterministic: values are visited in graph order.
+
+Networks repeat their blocks: what was found at one value is done again at those like it (`likeness`), by the same route
+and only where it gains as much, without trying what else there is.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View, operands, view
 from fxconv.law import Context, Joint, Law, Refusal
+from fxconv.likeness import Likeness
 from fxconv.normal_form import normal
 from fxconv.pricing import IMPOSSIBLE
 from fxconv.raw import as_value
@@ -75,8 +79,24 @@ def _substituted(v: Value, old: Value, new: Value) -> Value:
     return as_value(view(new, node.splits, node.groups))
 
 
-Trial = tuple[float, Price, list[Step]]
-"""What a move led to: the score, everything's price, and the move."""
+Route = list[tuple[int, int]]
+"""Where steps were found: per level, at which of the values in focus, and which of the proposals there."""
+
+Trial = tuple[float, Price, list[Step], tuple[int, int]]
+"""What a move led to: the score, everything's price, the move, and where it was found."""
+
+Found = tuple[float, list[Step], Route]
+"""The best that an exploration came to: score, steps, and where they were found."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search at a value came to: by which route what was gained, or, without one, which moves did not pay."""
+
+    route: Route | None
+    gained: float = 0.0
+    untaken: dict[str, Missed] = field(default_factory=dict)
+
 
 WEIGHED = frozenset(("compose", "merge branches", "distribute", "commute", "merge siblings"))
 """Laws whose legal proposals are reported where they do not pay; the others only ever help another one."""
@@ -99,9 +119,16 @@ class Search:
     _reach: float = 0.0
     _most_macs: float = 0.0
     _noise: float = 0.0
+    _known: dict[Hashable, Outcome] = field(default_factory=dict)
+    _likeness: Likeness | None = None
 
     def __post_init__(self) -> None:
         state = self.state
+        from fxconv.passes import BY_NAME  # which import what is imported here
+
+        # Anybody's laws may look at numbers, or at what lies far away.
+        if all(BY_NAME.get(law.name) is law for law in self.laws):
+            self._likeness = Likeness(state, self.laws)
         self.context = Context(
             lambda v: state.uses.get(v, 0), state.users_of, state.model.count, lambda v: v in state.folding and state.unchanged(v)
         )
@@ -123,6 +150,7 @@ class Search:
 
     def _run(self, queue: list[Value]) -> None:
         queued = set(queue)
+        self._known = {}
         while queue:
             v = queue.pop(0)
             queued.discard(v)
@@ -149,25 +177,69 @@ class Search:
     def _improve(self, v: Value) -> list[Value]:
         """Take the best sequence of steps that starts at v, if one pays; returns the values to look at again."""
         state = self.state
-        start = state.score()
-        mark = state.mark()
         self._trials = self._looks = 0
         self._reach = self.budget.reach * max(score(state.price_after(v), state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
         slack = 1.1 if state.objective == "launches" else 1.0
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
+        alike = self._likeness.around(v) if self._likeness is not None else None
+        known = self._known.get(alike)
+        touched = self._repeat(v, known) if known is not None else None
+        if touched is None:
+            touched, outcome = self._search(v)
+            if alike is not None:
+                self._known[alike] = outcome
+        return self._neighbourhood(touched)
+
+    def _search(self, v: Value) -> tuple[list[Value], Outcome]:
+        """Explore from v and take what pays best: the values touched, and what a value like v need not search for."""
+        state = self.state
+        start, mark = state.score(), state.mark()
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
-        least = self._least_gain(v, best[1]) if best is not None else 0.0
-        if best is None or best[0] > start - least:
+        if best is None or best[0] > start - self._least_gain(v, best[1]):
             self.untaken[v] = self._losses(v)
-            return []
+            return [], Outcome(None, 0.0, self.untaken[v])
         self.untaken.pop(v, None)
+        touched, gained = self._take(v, best[1])
+        if touched:
+            logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
+        return touched, Outcome(best[2] if touched else None, gained)
+
+    def _repeat(self, v: Value, known: Outcome) -> list[Value] | None:
+        """Do at v what was done at a value like it: the values touched, or None where it does not come to the same."""
+        state = self.state
+        if known.route is None:
+            self._proposals(v, late=True)  # for the refusals, whose reasons speak of v's own numbers
+            self.untaken[v] = {law: replace(missed, value=v) for law, missed in known.untaken.items()}
+            return []
+        start, mark, path = state.score(), state.mark(), self._path
+        focus, found, complete = [v], list[Step](), False
+        for level, (at, which) in enumerate(known.route):
+            proposals = self._proposals(focus[at], late=level == 0) if at < len(focus) else []
+            if which >= len(proposals) or not self._redefine(proposals[which]):
+                break
+            found += proposals[which]
+            focus = self._nearby(proposals[which])
+            self._path = self._path | {x for x, _, _ in proposals[which]}
+        else:
+            complete = abs(start - state.score() - known.gained) <= 1e-6 * known.gained
+        self._path = path
+        state.undo(mark)
+        if not complete:
+            return None
+        self.untaken.pop(v, None)
+        return self._take(v, found)[0] or None
+
+    def _take(self, v: Value, steps: Sequence[Step]) -> tuple[list[Value], float]:
+        """Take steps, unless what they gain is doubtful: the values touched, none where nothing was taken; and the gain."""
+        state = self.state
+        start, mark, launches = state.score(), state.mark(), state.total.launches
+        least = self._least_gain(v, steps)
+        applied = {x: self.applied.get(x, [])[:] for x, _, _ in steps}
         touched: list[Value] = []
-        applied = {x: self.applied.get(x, [])[:] for x, _, _ in best[1]}
-        launches = state.total.launches
-        for x, new, law in best[1]:
-            touched += self._take(x, new, law)
+        for x, new, law in steps:
+            touched += self._step(x, new, law)
         more = state.total.launches - launches
         gained = start - state.score()
         # Small multiply-adds saved by many more operators is where the model of a device is least to be trusted.
@@ -176,9 +248,8 @@ class Search:
         if doubtful or gained < 0.5 * least:
             state.undo(mark)
             self.applied.update(applied)
-            return []
-        logger.debug("%s: %s, %.6g → %.6g", v, [s[2] for s in best[1]], start, best[0])
-        return self._neighbourhood(touched)
+            return [], 0.0
+        return touched, gained
 
     def _least_gain(self, v: Value, steps: Sequence[Step]) -> float:
         """What steps must gain; the same expression in another spelling of as many operators, a tenth of what it costs."""
@@ -198,7 +269,7 @@ class Search:
         now = Price()
         for x in (v, *state.reads(v)):
             now = now + state.prices.get(x, Price())
-        for s, total, steps in self._tried:
+        for s, total, steps, _ in self._tried:
             law = steps[0][2]
             impossible = total.launches - state.total.launches > IMPOSSIBLE.launches / 2
             loses = s > state.score() + smallest_gain(state.objective) or total.macs > self._most_macs
@@ -215,7 +286,7 @@ class Search:
             out[law] = Missed(v, law, f"does not pay: {', '.join(what)}", would)
         return out
 
-    def _take(self, x: Value, new: Value | None, law: str) -> list[Value]:
+    def _step(self, x: Value, new: Value | None, law: str) -> list[Value]:
         if new is None:
             self.state.revert(x)
             self.applied.pop(x, None)
@@ -330,16 +401,16 @@ class Search:
             changed |= self.state.revert(x) if new is None else self.state.redefine(x, new)
         return changed
 
-    def _explore(self, focus: Sequence[Value], depth: int, start: float) -> tuple[float, list[Step]] | None:
-        """The best outcome of up to ``depth`` moves on the values in focus: (score, steps); the state is left as found."""
+    def _explore(self, focus: Sequence[Value], depth: int, start: float) -> Found | None:
+        """The best outcome of up to ``depth`` moves on the values in focus; the state is left as found."""
         state = self.state
         tried: list[Trial] = []
         seen: set[tuple[int, object]] = set()
-        for x in focus:
+        for at, x in enumerate(focus):
             if x not in state.uses or self._looks >= self.budget.looks:
                 continue
             self._looks += 1
-            for steps in self._proposals(x, late=depth == self.budget.depth):
+            for which, steps in enumerate(self._proposals(x, late=depth == self.budget.depth)):
                 if self._trials >= self.budget.trials:
                     break
                 # Wide sums are dear to price: a trial counts by what it makes.
@@ -351,17 +422,17 @@ class Search:
                     key = (first.id, first.node if law != "restate" else "restate")
                     if key not in seen:
                         seen.add(key)
-                        tried.append((state.score() + margin, state.total, steps))
+                        tried.append((state.score() + margin, state.total, steps, (at, which)))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
         if depth == self.budget.depth:
             self._tried = tried
-        best: tuple[float, list[Step]] | None = None
-        for s, total, steps in tried[: self.budget.beam]:
+        best: Found | None = None
+        for s, total, steps, where in tried[: self.budget.beam]:
             if total.macs <= self._most_macs and (best is None or s < best[0]):
-                best = (s, list(steps))
+                best = (s, list(steps), [where])
         if depth > 1:
-            for reached, _, steps in tried[: self.budget.beam]:
+            for reached, _, steps, where in tried[: self.budget.beam]:
                 if self._trials >= self.budget.trials or self._looks >= self.budget.looks:
                     break
                 if reached > start + self._reach:
@@ -369,14 +440,18 @@ class Search:
                 margin = self._margin(steps)
                 mark = state.mark()
                 self._redefine(steps)
-                nearby = [x for x, _, _ in steps]
-                nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
-                nearby += [u for x, _, _ in steps for u in self._few_readers(x) if u not in nearby]
                 path = self._path
                 self._path = path | {x for x, _, _ in steps}
-                deeper = self._explore(nearby, depth - 1, start)
+                deeper = self._explore(self._nearby(steps), depth - 1, start)
                 self._path = path
                 state.undo(mark)
                 if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):
-                    best = (deeper[0] + margin, [*steps, *deeper[1]])
+                    best = (deeper[0] + margin, [*steps, *deeper[1]], [where, *deeper[2]])
         return best
+
+    def _nearby(self, steps: Sequence[Step]) -> list[Value]:
+        """The values to look at after steps: those redefined, what was made for them, and who reads them."""
+        nearby = [x for x, _, _ in steps]
+        nearby += [y for x in nearby[:] for y in self._made(x) if y not in nearby]
+        nearby += [u for x, _, _ in steps for u in self._few_readers(x) if u not in nearby]
+        return nearby

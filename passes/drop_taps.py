@@ -66,4 +66,13 @@ def _drop_taps(v: Value, context: Context) -> Iterator[Outcome]:
         yield normal(m.x, roles, kernel)
 
 
-law = Law("drop taps", _drop_taps)
+def _numbers(v: Value) -> tuple[tuple[int, int] | None, ...]:
+    """The taps of v's windows that have weights other than zero."""
+    m = v.node
+    if not isinstance(m, Map) or m.kernel.uniform is not None:
+        return ()
+    axis = axis_positions(m)
+    return tuple(_nonzero(m.kernel, axis[o]) for o, r in enumerate(m.roles) if isinstance(r, Window) and r.filter.taps > 1)
+
+
+law = Law("drop taps", _drop_taps, numbers=_numbers)

@@ -74,4 +74,13 @@ def _pull_out(f: Apply) -> Iterator[Outcome]:
         yield make_sum([plain, Value(Const(f.sizes, c.varies, c.kernel))])
 
 
-law = Law("homogeneity", _homogeneity)
+def _numbers(v: Value) -> bool:
+    """Whether v is scaled by positive numbers."""
+    if not isinstance(v.node, Map) or not _is_scale(v.node):
+        return False
+    k = v.node.kernel
+    least: float = k.uniform if k.uniform is not None else k.fact("least", lambda t: float(t.min()))
+    return least > 0
+
+
+law = Law("homogeneity", _homogeneity, numbers=_numbers)

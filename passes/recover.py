@@ -44,13 +44,19 @@ def _recover(v: Value, context: Context) -> Iterator[Outcome]:
     m = v.node
     if isinstance(m, Sum):
         yield from _with_bias(m, context)
-        return
-    if not isinstance(m, Map) or m.kernel.uniform is not None or not m.kernel.is_static:
-        return
+    elif isinstance(m, Map):
+        for build in _structures(m):
+            yield build(m)
+
+
+def _structures(m: Map) -> tuple[Build, ...]:
+    """What a map's kernel is found to be, tested once for all maps that have it."""
+    if m.kernel.uniform is not None or not m.kernel.is_static:
+        return ()
     if m.kernel.spec and isinstance(m.kernel.spec, tuple) and m.kernel.spec[0] in ("recovered", "gather"):
-        return
+        return ()
     if any(not isinstance(r, (Kept, New, Shared, Window)) for r in m.roles):
-        return
+        return ()
     root = m.kernel
     while root.spec == "reshape":
         root = root.parents[0]
@@ -60,8 +66,13 @@ def _recover(v: Value, context: Context) -> Iterator[Outcome]:
     if key not in root._facts:
         w = native(m.kernel)
         root._facts[key] = tuple(_found(m, w)) if w is not None else ()
-    for build in root._facts[key]:
-        yield build(m)
+    found: tuple[Build, ...] = root._facts[key]
+    return found
+
+
+def _structured(v: Value) -> int:
+    """How many structures v's kernel has."""
+    return len(_structures(v.node)) if isinstance(v.node, Map) else 0
 
 
 def _with_bias(s: Sum, context: Context) -> Iterator[Outcome]:
@@ -491,4 +502,4 @@ def _window_factored(m: Map, factors: structures.Factors) -> Value:
     return normal(inner, second, _numbers(factors.left, kernel_shape(tuple(second), inner.sizes), factors.exact))
 
 
-law = Law("recover", _recover)
+law = Law("recover", _recover, numbers=_structured)
