@@ -38,6 +38,8 @@ def is_static(size: Size) -> bool:
 
 def product(sizes: Sequence[Size]) -> Size:
     """The product of sizes; 1 for none."""
+    if len(sizes) == 1:
+        return sizes[0]
     if all(isinstance(s, int) for s in sizes):
         return math.prod(sizes)
     return _symbolic_product(tuple(sizes))

@@ -93,7 +93,8 @@ class Chain:
 
     def shape(self, layout: Sequence[Sequence[int]] | None = None) -> tuple[Size, ...]:
         groups = self.layout if layout is None else layout
-        return tuple(product([self.sizes[s] for s in g]) for g in groups)
+        sizes = self.sizes
+        return tuple([sizes[g[0]] if len(g) == 1 else product([sizes[s] for s in g]) for g in groups])
 
     def order(self, layout: Sequence[Sequence[int]] | None = None) -> list[int]:
         """Slots in memory order, those of size 1 left out."""
@@ -106,10 +107,12 @@ class Chain:
         ``free`` says that the next operator reads the permuted view as it is, without a copy.
         """
         wanted = tuple(tuple(g) for g in layout)
-        if wanted == self.layout or self.shape(wanted) == self.shape() and self.order(wanted) == self.order():
-            self.layout = wanted
+        if wanted == self.layout:
             return
         have, want = self.order(), self.order(wanted)
+        if have == want and self.shape(wanted) == self.shape():
+            self.layout = wanted
+            return
         if sorted(have) != sorted(want):
             raise AssertionError(f"layouts {self.layout} and {wanted} hold different slots")
         before = self.shape()
