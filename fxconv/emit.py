@@ -66,7 +66,8 @@ class Emitter:
             dialect: "aten" or "module".
         """
         self.state, self.gm, self.twins = state, gm, twins
-        requires_grad = any(p.requires_grad for p in gm.parameters()) if any(True for _ in gm.parameters()) else False
+        self._copied = set(twins.values())
+        requires_grad = any(p.requires_grad for p in gm.parameters())
         self.writer = Writer(gm, dialect, self._fresh_name, requires_grad)
         self.tensors: dict[Value, tuple[fx.Node, Layout]] = {}
         self.reads: dict[Value, None] = {}
@@ -86,11 +87,12 @@ class Emitter:
         order = {n: i for i, n in enumerate(self.twins)}
         for v, original in sorted(changed, key=lambda c: order[c[1]]):
             clusters.append(self._emit_cluster(v, original))
+        by_name = {n.name: n for n in self.gm.graph.nodes}
         for c in clusters:
             if not state.anchored(c.value):
                 continue
             old = self.twins[state.originals[c.value].node]
-            new = next(n for n in self.gm.graph.nodes if n.name == c.result)
+            new = by_name[c.result]
             for user in list(old.users):
                 if user is not new:
                     user.replace_input_with(old, new)
@@ -139,7 +141,7 @@ class Emitter:
                     shape = self.state.lifter.lifted.refs[original].shape
                     node = w.write(Step("contiguous", shape, shape), node)
                 self.tensors[v] = self._in_memory_order(v, node)
-            if node in self.twins.values():
+            if node in self._copied:
                 # An alias of another node: give the rewrite a node of its own name by a view.
                 node = w.call(torch.ops.aten.alias.default, node) if w.dialect == "aten" else node
         names = tuple(n.name for n in w.written)
