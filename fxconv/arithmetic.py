@@ -304,6 +304,11 @@ def own_dtype(module: nn.Module, inputs: Sequence[Any] = ()) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+def version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor has been written to; None for one made under ``torch.inference_mode()``, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 @contextlib.contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[Callable[[], None]]:
     """Leave no trace: buffers that the block changes are restored, and so are the random number generators.
@@ -312,15 +317,15 @@ def undisturbed(*modules: nn.Module) -> Iterator[Callable[[], None]]:
     """
     buffers = list({id(b): b for m in modules for b in m.buffers()}.values())
     values = [b.detach().clone() for b in buffers]
-    versions = [b._version for b in buffers]
+    versions = [version(b) for b in buffers]
     devices = sorted({b.device.index or 0 for b in buffers if b.device.type == "cuda"})
 
     def restore() -> None:
         with torch.no_grad():
             for k, (buffer, value) in enumerate(zip(buffers, values, strict=True)):
-                if buffer._version != versions[k]:
+                if version(buffer) != versions[k] or (versions[k] is None and not torch.equal(buffer, value)):
                     buffer.copy_(value)
-                    versions[k] = buffer._version
+                    versions[k] = version(buffer)
 
     try:
         with torch.random.fork_rng(devices=devices):

@@ -28,7 +28,7 @@ import sympy
 import torch
 from torch import nn
 
-from fxconv.arithmetic import Perturb, Work
+from fxconv.arithmetic import Perturb, Work, version
 from fxconv.probe import SHIFTED, SPARSE, InputSpec, Numbers, Sizes, draw, shapes_at
 from fxconv.tolerance import DELTA, Miss, compare
 
@@ -431,9 +431,9 @@ def _text(error: Exception) -> str:
 
 def _call(side: Callable[..., Any], args: Sequence[Any]) -> list[torch.Tensor]:
     """The outputs as a list. Raises RuntimeError where an input was written to: the next side would see it changed."""
-    versions = [a._version for a in args if isinstance(a, torch.Tensor)]
+    before = [(a, version(a), a.clone() if version(a) is None else a) for a in args if isinstance(a, torch.Tensor)]
     out = side(*args)
-    if versions != [a._version for a in args if isinstance(a, torch.Tensor)]:
+    if any(version(a) != count or not (value is a or torch.equal(a, value)) for a, count, value in before):
         raise RuntimeError("it writes to its input")
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
