@@ -19,7 +19,7 @@ from fxconv import shapes
 from fxconv.captured import Captured, frozen_reason, quiet
 from fxconv.errors import CaptureError, TrainingModeError
 from fxconv.functional import functionalise
-from fxconv.hazards import check_not_quantised, training_ops
+from fxconv.hazards import check_not_quantised, check_plain, training_ops
 from fxconv.program import Layout, fake_mode_of, relift, unlift
 from fxconv.result import finish, set_convention
 from fxconv.squeezes import sink_squeezes
@@ -269,6 +269,9 @@ def unlifted(program: ExportedProgram, flat: bool) -> _Unlifted:
 
 def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Captured:
     check_not_quantised(program.graph_module)
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if isinstance(tensor, torch.Tensor):
+            check_plain(name, tensor)
     example = program.example_inputs
     if args is None and example is not None:
         args, kwargs = tuple(example[0]), dict(example[1])

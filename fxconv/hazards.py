@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxconv.errors import CaptureError, NotAModuleError, TrainingModeError
 
@@ -69,6 +70,18 @@ def check_model(model: Any) -> None:
             raise CaptureError(f"{name} is on the meta device and has no values: load the weights first")
         if tensor.is_quantized:
             raise CaptureError(f"{name} is a quantised tensor ({tensor.dtype}): transform the float model instead")
+        check_plain(name, tensor)
+
+
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a weight that is a tensor subclass around others, such as torchao's quantised ones.
+
+    Raises:
+        CaptureError: it is.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
+        raise CaptureError(f"{name} is no plain tensor but a {kind}: transform the float model, then quantise or distribute it")
 
 
 _QUANTISED = ("quantized_decomposed", "quantized", "torchao", "pt2e_quant")
@@ -87,6 +100,8 @@ def check_not_quantised(gm: torch.fx.GraphModule) -> None:
                 f"the graph is quantised ({node.name}: {node.target}): it rounds between operators, so nothing is "
                 "affine across them; transform the float model, then quantise"
             )
+    for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
+        check_plain(name, tensor)
     _check_not_observed(gm)
 
 

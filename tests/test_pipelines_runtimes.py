@@ -4,18 +4,22 @@
 """
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import deploy
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import fxconv
 from fxconv import sources
 from fxconv.errors import CaptureError
+from fxconv.options import _toml_loads
 
 
 class Small(nn.Module):
@@ -63,11 +67,6 @@ def test_onnx_keeps_symbolic_sizes(tmp_path: Path) -> None:
         for batch in (1, 2, 5):
             y = torch.randn(batch, 3, 4, 4)
             close(deploy.run_onnx(file, [y]), model(y))
-
-
-def test_aot_inductor_package(tmp_path: Path) -> None:
-    model, x, _, after = small()
-    close(deploy.aot_inductor(after, [x], tmp_path), model(x))
 
 
 @pytest.mark.parametrize("target", [None, "conv"])
@@ -141,3 +140,41 @@ def test_observed_and_quantised_graphs_are_refused() -> None:
         fxconv.transform(converted, x)
     with pytest.raises(CaptureError, match="the graph is quantised"):
         fxconv.transform(torch.export.export(converted, (x,)))
+
+    from executorch.exir import to_edge
+
+    from fxconv.pipelines import ExecuTorchPass
+
+    with pytest.raises(CaptureError, match="the graph is quantised .*quantized_decomposed"):
+        ExecuTorchPass()(to_edge(torch.export.export(converted, (x,))).exported_program())
+
+
+def test_weights_of_quantize_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """torchao's `quantize_` leaves Linears, whose weights are no plain tensors; a compiled model must still run."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval(), torch.randn(2, 32)
+    quantize_(model, Int8WeightOnlyConfig())
+    for given, args in ((model, (x,)), (torch.export.export(model, (x,)), ())):
+        with pytest.raises(CaptureError, match="0.weight is no plain tensor but a torchao.*transform the float model"):
+            fxconv.transform(given, *args)
+    backend = fxconv.backend("eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert not backend.reports and "0.weight is no plain tensor" in caplog.text
+
+
+# --- what the runs above need -----------------------------------------------------------------------------------------
+
+
+def test_everything_that_an_extra_names_is_installed() -> None:
+    """A runtime that is missing fails here, whatever else it does; the tests install all extras."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    extras = _toml_loads()(text)["project"]["optional-dependencies"]
+    installs = set(re.findall(r"[\w-]+", extras["test"][0].partition("[")[2]))
+    assert installs == set(extras) - {"test"} >= {"onnx", "openvino", "executorch", "coreml"}
+    for extra in extras.values():
+        for requirement in map(Requirement, extra):
+            if requirement.name != "fxconv" and (requirement.marker is None or requirement.marker.evaluate()):
+                assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement

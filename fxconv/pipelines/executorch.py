@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxconv.capture import Captured
 from fxconv.functional import functionalise
+from fxconv.hazards import check_not_quantised
 from fxconv.options import Options
 from fxconv.pipelines.bound import concrete, placeholders
 from fxconv.program import unlift
@@ -48,11 +49,16 @@ class ExecuTorchPass(ExportedProgramPassBase):
         self.report: Report | None = None
 
     def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
-        """Rewrite in place, as the other passes of ExecuTorch do."""
+        """Rewrite in place, as the other passes of ExecuTorch do.
+
+        Raises:
+            CaptureError: the program is quantised.
+        """
         from fxconv.transform import run_captured
 
         gm, _ = unlift(exported_program)
         _read_edge(gm)
+        check_not_quantised(gm)
         barriers = functionalise(gm)
         reference = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         args = tuple(concrete(n.meta["val"]) for n in placeholders(gm.graph))
