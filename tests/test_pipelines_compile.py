@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import subprocess
@@ -137,6 +138,76 @@ def test_a_write_through_data_is_seen_by_hash_alone() -> None:
             assert torch.allclose(fast(x), model(x), atol=1e-5) is seen
 
 
+def test_writes_that_move_no_version_are_seen_where_memory_or_buffers_show_them() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    model, backend, fast = compiled()
+    agrees(fast, model, x)
+    model.conv.weight.data = torch.randn(4, 3, 3, 3)
+    agrees(fast, model, x)
+    nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())), model.parameters())
+    agrees(fast, model, x)
+    before = model.bn.running_mean._version
+    with torch.no_grad():
+        model.train()(x)
+        model.eval()
+    assert model.bn.running_mean._version == before, "BatchNorm counts its updates now: no need to compare by value"
+    agrees(fast, model, x)
+    assert len(backend.reports) == 4
+    agrees(fast, model, x)
+    assert len(backend.reports) == 4, "nothing has changed"
+
+
+class Random(nn.Module):
+    """Two Linears to fuse, and dropout behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x.mean(1).flatten(1)[:, :6])
+        return result
+
+
+@pytest.mark.parametrize("make", [Net, Random])
+def test_in_training_mode_the_graph_is_left_alone(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from fxconv.pipelines import InductorPass
+
+    model, x = make().train(), torch.randn(4, 3, 6, 6)
+    twin, expected = copy.deepcopy(model), []
+    backend, ours = fxconv.backend("eager"), InductorPass(model)
+    run = [torch.compile(model, backend=backend), torch.compile(model, backend=by_pass(ours, []))]
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="fxconv"):
+        for call in (*run, *run):
+            torch.manual_seed(1)
+            outputs = call(x)
+            torch.manual_seed(1)
+            expected.append(twin(x))
+            torch.testing.assert_close(outputs, expected[-1])
+            torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    assert not backend.reports and not ours.reports and caplog.text.count("runs in training mode") == 2
+    model.eval()
+    agrees(run[0], model, x)
+    assert len(backend.reports) == 1
+
+
+def test_weights_that_count_no_versions_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 3, 6, 6)
+    for check in ("version", "hash"):
+        torch._dynamo.reset()
+        with torch.inference_mode(), caplog.at_level(logging.WARNING, logger="fxconv"):
+            model, backend, fast = compiled(check=check)
+            agrees(fast, model, x)
+            model.conv.weight.mul_(2)
+            agrees(fast, model, x)
+        assert bool(backend.reports) is (check == "hash")
+    assert caplog.text.count("torch.inference_mode()") == 1
+    with torch.inference_mode():
+        result = fxconv.transform(model, x)
+        assert fxconv.report(result).verified and fxconv.report(result).applied
+        torch.testing.assert_close(result(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_with_gradients_the_graph_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     model, backend, fast = compiled("aot_eager")
     x = torch.randn(2, 3, 6, 6)
@@ -171,8 +242,8 @@ _QUICK = {"cpp_cache_precompile_headers": False, "compile_threads": 1, "cpp.vec_
 """Checks and preparations of Inductor's that take longer than all that is compiled here."""
 
 
-def run_pass(seed: int) -> tuple[str, int]:
-    """Compile a model with `InductorPass`: whether the cache had it, and how many graphs were rewritten."""
+def run_pass(seed: int, owner: nn.Module | None = None) -> tuple[str, int]:
+    """Compile a model with its `InductorPass`, or another's: whether the cache had it, how many graphs were rewritten."""
     from torch._dynamo.utils import counters
     from torch._inductor import config
 
@@ -182,7 +253,7 @@ def run_pass(seed: int) -> tuple[str, int]:
     counters.clear()
     torch.manual_seed(seed)
     model, x = Net().eval(), torch.randn(2, 3, 6, 6)
-    ours = InductorPass(model)
+    ours = InductorPass(owner or model)
     with torch.no_grad(), config.patch(pre_grad_custom_pass=ours, **_QUICK):
         torch.testing.assert_close(torch.compile(model)(x), model(x), rtol=1e-5, atol=1e-5)
     return "hit" if counters["aot_autograd"]["autograd_cache_hit"] else "miss", len(ours.reports)
@@ -194,6 +265,8 @@ def test_inductor_in_both_directions_its_pass_and_its_cache(tmp_path: Path, monk
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert run_pass(1) == ("miss", 1)
     assert run_pass(1) == ("hit", 0), "the same weights again"
+    torch.manual_seed(1)
+    assert run_pass(2, owner=Net().eval()) == ("miss", 0), "a twin meets the pass of the first model, and its cache"
     # The same architecture with other weights must not get the folded weights of the first.
     here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
@@ -212,6 +285,53 @@ def test_inductor_in_both_directions_its_pass_and_its_cache(tmp_path: Path, monk
         with torch.no_grad():
             model.conv.weight.mul_(-2)
         agrees(fast, model, x)
+
+
+def by_pass(ours: Any, uuids: list[str]) -> Any:
+    """A backend that runs Inductor's pass on the graph, and asks for its uuid where Inductor does; the rest is eager."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def ask(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        uuids.append(ours.uuid())
+        return gm
+
+    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        aot_autograd(fw_compiler=ask)(gm, inputs)
+        ours(gm.graph)
+        gm.recompile()
+        return gm.forward
+
+    return look
+
+
+def test_the_pass_of_one_model_leaves_others_alone() -> None:
+    """Its weights are found by identity: a twin of other weights reads tensors of the same names and shapes."""
+    from fxconv.pipelines import InductorPass
+
+    class Holder(nn.Module):
+        def __init__(self, held: nn.Module) -> None:
+            super().__init__()
+            self.held = held
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held(x) + 1
+
+    model, twin, x = Net().eval(), Net().eval(), torch.randn(2, 3, 6, 6)
+    ours, uuids, seen = InductorPass(model), [], []
+    cases: list[nn.Module] = [model, twin, Holder(model), Holder(twin), nn.Sequential(model.conv, model.bn), Holder(model.conv)]
+    for case in cases:
+        torch._dynamo.reset()
+        agrees(torch.compile(case, backend=by_pass(ours, uuids)), case, x)
+        seen.append(len(ours.reports))
+    assert seen == [1, 1, 2, 2, 3, 4], "the last two hold parts of the model, under other names"
+    assert uuids[0] == uuids[2] and uuids[1] == uuids[3] and len(set(uuids)) == 4
+
+    torch._dynamo.reset()
+    fast = torch.compile(lambda x, weight: nn.functional.conv2d(x, weight) * 2, backend=by_pass(ours, uuids))
+    with torch.no_grad():
+        for weight in (model.conv.weight, twin.conv.weight):
+            torch.testing.assert_close(fast(x, weight), nn.functional.conv2d(x, weight) * 2)
+    assert len(ours.reports) == 4, "an argument is no weight, even if it is the weight of a model"
 
 
 def test_the_uuid_covers_options_and_every_weight() -> None:

@@ -59,6 +59,37 @@ def find_weights(graph: fx.Graph, example_inputs: Sequence[Any]) -> Weights:
     return found
 
 
+_BATCH_STATISTICS = {"batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"}
+
+
+def training_node(graph: fx.Graph) -> str | None:
+    """The name of a node that drops values at random or updates running statistics, or None.
+
+    Such an update shows in no schema and moves no version counter, so nothing here could keep account of it.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        target: Any = node.target
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = str(getattr(packet, "__name__", "")).removesuffix("_")
+        if name in _BATCH_STATISTICS:
+            functional = getattr(target, "__module__", "") == "torch.nn.functional"
+            flag = "use_input_stats" if name == "instance_norm" else "training"
+            default = functional and name == "instance_norm"
+            running = _argument(node, 1 if functional else 3, "running_mean", None)
+            if running is not None and _argument(node, 5, flag, default):
+                return str(node.name)
+        elif "dropout" in name and _argument(node, 1, "p", 0.5):
+            if _argument(node, 2, "training", True) and _argument(node, 2, "train", True):
+                return str(node.name)
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def _is_fake(value: torch.Tensor) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
@@ -67,6 +98,12 @@ def _is_scalar_of_module(node: fx.Node, value: torch.Tensor) -> bool:
     if value.dim() or not all(n.target == "item" for n in node.users):
         return False
     return any(f"['{key}']" in source_name(node) for key in _CONTAINERS)
+
+
+def held_by_module(node: fx.Node) -> bool:
+    """Whether Dynamo read the placeholder's value from a module, as a parameter, a buffer or a plain attribute."""
+    name = source_name(node)
+    return any(f"['{key}']" in name for key in _CONTAINERS) or re.search(r"\.\w+$", name) is not None
 
 
 def source_name(node: fx.Node) -> str:

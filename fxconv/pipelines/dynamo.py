@@ -1,10 +1,11 @@
 """`torch.compile(model, backend=fxconv.backend("inductor"))`: Dynamo's graph, rewritten for inference.
 
 Folded weights are copies. Before each run the weights that they came from are checked against what they were: the same
-tensors (``is``) at the same ``_version``, which every write moves but one through ``.data``; with ``check="hash"``
-those are found too, at the price of hashing all weights at each run. Changed weights are folded anew: where the graph
-comes out as before, into the compiled code's own parameters; where it does not (other values may allow other rewrites),
-it is compiled again.
+tensors (``is``) in the same memory at the same ``_version``, which every write moves but those that PyTorch does not
+count: through ``.data`` or NumPy, by an optimizer with ``fused=True``, by BatchNorm in training. Running statistics are
+small, so buffers are compared by value as well; the others are found with ``check="hash"``, at the price of hashing all
+weights at each run. Changed weights are folded anew: where the graph comes out as before, into the compiled code's own
+parameters; where it does not (other values may allow other rewrites), it is compiled again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxconv.errors import FxconvError, OptionError
+from fxconv.arithmetic import version
+from fxconv.errors import CaptureError, FxconvError, OptionError
 from fxconv.fingerprint import tensors_hash
+from fxconv.hazards import check_not_quantised, check_plain
 from fxconv.options import Options
-from fxconv.pipelines.bound import Rewritten, Weights, copied, find_weights, placeholders, rewrite_bound
+from fxconv.pipelines.bound import (
+    Rewritten,
+    Weights,
+    copied,
+    find_weights,
+    placeholders,
+    qualified_name,
+    rewrite_bound,
+    training_node,
+)
 from fxconv.report import Report
 
 logger = logging.getLogger("fxconv")
@@ -44,7 +56,10 @@ class Backend:
         options = _merged(self.options, keywords.pop("options", None))
         inner = _lookup(self.inner, keywords)
         weights = find_weights(gm.graph, example_inputs)
-        if not _may_fold(weights):
+        reason = _reason_against(gm, weights, options) if weights else None
+        if reason is not None:
+            logger.warning("the graph is compiled as it is: %s", reason)
+        if reason is not None or not weights:
             return inner(gm, list(example_inputs))
         try:
             guarded = _Guarded(self, gm, example_inputs, weights, options, inner)
@@ -100,14 +115,31 @@ def _lookup(inner: str | Callable[..., Any], keywords: Mapping[str, Any]) -> Cal
     return lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, config_patches=patches)
 
 
-def _may_fold(weights: Weights) -> bool:
-    if not weights:
-        return False
+def _reason_against(gm: fx.GraphModule, weights: Weights, options: Options) -> str | None:
+    """Why this graph must stay as it is, or None."""
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
-        logger.warning("the graph is run with gradients, which folded weights would cut off: it is compiled as it is; "
-                       "call the model under torch.no_grad()")  # fmt: skip
-        return False
-    return True
+        return "it is run with gradients, which folded weights would cut off; call the model under torch.no_grad()"
+    try:
+        check_not_quantised(gm)
+        for index, weight in weights.items():
+            check_plain(qualified_name(placeholders(gm.graph)[index]), weight)
+    except CaptureError as error:
+        return str(error)
+    training = training_node(gm.graph)
+    if training is not None:
+        return f"{training} runs in training mode; call model.eval() first"
+    if options.check != "hash" and any(version(w) is None for w in weights.values()):
+        return (
+            "weights that were made under torch.inference_mode() count no versions, so that a change would not be noticed; "
+            'make the model outside of it, or give check="hash"'
+        )
+    return None
+
+
+_SMALL = 2**16
+"""Entries up to which a buffer is compared by value at each run: what a layer's running statistics have."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Guarded:
@@ -148,7 +180,10 @@ class _Guarded:
         return rewritten
 
     def _remember(self, weights: Weights) -> None:
-        self.known = [(i, weakref.ref(weights[i]), _version(weights[i])) for i in self.indices if weights[i].dim()]
+        shaped = [i for i in self.indices if weights[i].dim()]
+        self.known = [(i, weakref.ref(weights[i]), version(weights[i]), _address(weights[i])) for i in shaped]
+        self.buffers = [i for i in shaped if _is_small_buffer(weights[i])]
+        self.values = _values([weights[i] for i in self.buffers])
         self.scalars = [(i, weights[i].clone()) for i in self.indices if not weights[i].dim()]
         self.hash = self._hash(weights) if self.options.check == "hash" else ""
 
@@ -157,11 +192,15 @@ class _Guarded:
 
     def changed(self, args: Sequence[Any]) -> bool:
         """Whether any weight is another tensor, or has been written to."""
-        for i, reference, version in self.known:
+        for i, reference, count, address in self.known:
             weight: torch.Tensor = args[i]
-            if weight is not reference() or (version is not None and weight._version != version):
+            if weight is not reference() or version(weight) != count:
+                return True
+            if address != _address(weight):
                 return True
         if any(not torch.equal(args[i], value) for i, value in self.scalars):
+            return True
+        if any(not torch.equal(a, b) for a, b in zip(_values([args[i] for i in self.buffers]), self.values, strict=True)):
             return True
         return bool(self.hash) and self._hash({i: args[i] for i in self.indices}) != self.hash
 
@@ -201,5 +240,22 @@ def _without_sources(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _address(tensor: torch.Tensor) -> int | None:
+    """Where the values lie, which ``p.data = …`` changes; None for a tensor subclass without memory of its own."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
+def _is_small_buffer(weight: torch.Tensor) -> bool:
+    plain = type(weight) is torch.Tensor and weight.dtype in _FLOATS
+    return plain and weight.numel() <= _SMALL
+
+
+def _values(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The bits of all tensors (NaN equals no NaN), one copy a dtype and device: to be compared in one step each."""
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().reshape(-1))
+    return [torch.cat(group).view(torch.uint8) for group in groups.values()]

@@ -8,17 +8,22 @@ model's folded weights to another model of the same architecture.
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxconv.fingerprint import tensors_hash
 from fxconv.options import Options
-from fxconv.pipelines.bound import copy_source, placeholders, qualified_name, rewrite_bound
+from fxconv.pipelines.bound import copy_source, held_by_module, placeholders, rewrite_bound, training_node
 from fxconv.report import Report
 from fxconv.version import __version__
+
+logger = logging.getLogger("fxconv")
 
 
 class InductorPass(CustomGraphPass):
@@ -28,8 +33,8 @@ class InductorPass(CustomGraphPass):
     frozen: what is written to them after compilation is not seen (`fxconv.backend` sees it).
 
     Args:
-        model: the module that is compiled. Weights are found in it by name; a graph with inputs that are not the
-            weights of this model is rewritten around them.
+        model: the module that is compiled, or one that it is a part of. What other models are compiled of, those of
+            the same architecture too, is left alone: a weight counts only where the graph's input is that very tensor.
         **keywords: those of `fxconv.Options`, or ``options=``.
     """
 
@@ -39,8 +44,17 @@ class InductorPass(CustomGraphPass):
         self.reports: list[Report] = []
 
     def uuid(self) -> str:
-        """SHA-256 over fxconv's version, every option and the value of every weight."""
-        parts = (__version__, torch.__version__, self.options.fingerprint(), tensors_hash(_tensors(self.model)))
+        """SHA-256 over fxconv's version, every option, the value of every weight and which of them the graph reads.
+
+        The last because one pass, once configured, sees the graphs of all models that are compiled after.
+        """
+        tensors = _tensors(self.model)
+        context = torch._guards.TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+        read = "all" if mode is None else repr(sorted(name for name, t in tensors.items() if _fake(mode, t) is not None))
+        with unset_fake_temporarily():  # while a graph is traced, real values cannot be read
+            values = tensors_hash(tensors)
+        parts = (__version__, torch.__version__, self.options.fingerprint(), values, read)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -50,9 +64,13 @@ class InductorPass(CustomGraphPass):
             return
         tensors = _tensors(self.model)
         inputs = placeholders(graph)
-        known = [tensors.get(qualified_name(n)) for n in inputs]
-        weights = {i: t for i, (n, t) in enumerate(zip(inputs, known, strict=True)) if t is not None and _fits(n, t)}
+        known = ((i, _weight(n, tensors)) for i, n in enumerate(inputs))
+        weights = {i: t for i, t in known if t is not None}
         if not weights or (torch.is_grad_enabled() and any(t.requires_grad for t in weights.values())):
+            return
+        training = training_node(graph)
+        if training is not None:
+            logger.warning("the graph is left as it is: %s runs in training mode; call model.eval() first", training)
             return
         examples = [weights.get(i, n.meta.get("example_value")) for i, n in enumerate(inputs)]
         done = rewrite_bound(owner, weights, examples, self.options)
@@ -72,12 +90,20 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _fits(node: fx.Node, tensor: torch.Tensor) -> bool:
-    """Whether the placeholder is read from the module that is compiled, and looks like this tensor."""
+def _weight(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The weight that a placeholder stands for: the tensor that its example is the fake one of, if a module holds it.
+
+    An argument that is a weight by chance may be another tensor at the next call.
+    """
     value = node.meta.get("example_value")
-    same = isinstance(value, torch.Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
-    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
-    return same and (static or isinstance(value, nn.Parameter))
+    if not isinstance(value, torch._subclasses.FakeTensor) or not held_by_module(node):
+        return None
+    return next((t for t in tensors.values() if _fake(value.fake_mode, t) is value), None)
+
+
+def _fake(mode: torch._subclasses.FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor | None:
+    """The fake tensor that stands for this one under ``mode``, None where it has met none."""
+    return mode.fake_tensor_converter._get_memo(tensor)
 
 
 def _adopt(owner: fx.GraphModule, graph: fx.Graph, rewritten: fx.GraphModule) -> None:
