@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fxconv … | head`
         sys.stderr.close()
         return MISUSE
+    except OSError as error:
+        sys.stderr.write(f"fxconv: {type(error).__name__}: {error}\n")
+        return MISUSE
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
@@ -168,9 +171,22 @@ def _transform(arguments: argparse.Namespace) -> int:
     attach(result, report)
     if arguments.out:
         log.info("writing %s", arguments.out)
-        targets.write(arguments.out, result, source.args or (), source.kwargs, report, arguments.dynamic)
+        _write_result(arguments, result, source, report)
     _show(report, arguments)
     return OK if report.verified else UNVERIFIED
+
+
+def _write_result(arguments: argparse.Namespace, result: Any, source: Any, report: Any) -> None:
+    from . import targets
+
+    try:
+        targets.write(arguments.out, result, source.args or (), source.kwargs, report, arguments.dynamic)
+    except (FxconvError, OSError):
+        raise
+    except Exception as error:  # whatever an exporter raised
+        log.debug("writing %s failed", arguments.out, exc_info=True)
+        said = str(error).strip().partition("\n")[0]
+        raise FxconvError(f"cannot write {arguments.out!r}: {type(error).__name__}: {said}") from error
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -185,7 +201,6 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _approximate(arguments: argparse.Namespace) -> int:
-    from . import targets
     from .approximate import approximate
     from .approximate_plot import plot
     from .report import read
@@ -200,7 +215,7 @@ def _approximate(arguments: argparse.Namespace) -> int:
     )
     report = dataclasses.replace(read(result), model=source.name)
     if arguments.out:
-        targets.write(arguments.out, result, source.args or (), source.kwargs, report, arguments.dynamic)
+        _write_result(arguments, result, source, report)
     if arguments.plot and report.verification["pareto"]:
         plot(report, arguments.plot, objective=arguments.objective)
     _show(report, arguments)

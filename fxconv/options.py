@@ -111,7 +111,10 @@ class Options:
         for name in ("allow", "deny", "allow_laws", "deny_laws"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.laws is not None:
-            object.__setattr__(self, "laws", tuple(self.laws))
+            object.__setattr__(self, "laws", _law_objects(self.laws))
+        if isinstance(self.dynamic_shapes, str | int | float):
+            expected = 'expected dims by input, such as { x = { 0 = "batch" } }'
+            raise OptionError(f"option 'dynamic_shapes' is {self.dynamic_shapes!r}, {expected}")
         object.__setattr__(self, "dynamic_shapes", _dynamic_shapes(self.dynamic_shapes))
 
     @classmethod
@@ -128,7 +131,8 @@ class Options:
             raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from error
         except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
             raise OptionError(f"{str(path)!r} is not TOML: {error}") from error
-        table = data.get("tool", {}).get("fxconv")
+        tool = data.get("tool")
+        table = tool.get("fxconv") if isinstance(tool, dict) else None
         if not isinstance(table, dict):
             raise OptionError(f"{str(path)!r} has no table [tool.fxconv]: add one, with keys of fxconv.Options")
         return cls.from_mapping(table)
@@ -198,12 +202,12 @@ class Options:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _law_identity(law: object) -> str:
-    """A law's repr without its address in memory, which differs from process to process."""
-    if type(law).__repr__ is not object.__repr__ and not callable(law):
-        return repr(law)
-    name = getattr(law, "__qualname__", type(law).__qualname__)
-    return f"{getattr(law, '__module__', '')}.{name}"
+def _law_identity(law: Any) -> list[str]:
+    """What tells laws apart in every process: their fields, with the code of a function in place of its address."""
+    apply = law.apply
+    code = getattr(apply, "__code__", None)
+    place = f"{getattr(apply, '__module__', '')}.{getattr(apply, '__qualname__', type(apply).__qualname__)}"
+    return [law.name, place, code.co_code.hex() if code else "", str(law.late), str(law.margin)]
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -240,6 +244,15 @@ def _names(key: str, value: object) -> tuple[str, ...]:
     return names
 
 
+def _law_objects(value: object) -> tuple[Any, ...]:
+    from .law import Law
+
+    laws = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not all(isinstance(law, Law) for law in laws):
+        raise OptionError(f"option 'laws' is {value!r}, expected fxconv.Law objects; allow_laws takes names of built-in ones")
+    return laws
+
+
 def _dynamic_shapes(spec: Any) -> Any:
     """A dynamic_shapes tree with the strings, sizes and tables that TOML can hold turned into torch.export dims.
 
@@ -267,6 +280,9 @@ def _dim(value: Any) -> Any:
     if isinstance(value, Mapping) and value and set(value) <= {"name", "min", "max"}:
         if "name" not in value:
             raise OptionError(f'dynamic_shapes: {dict(value)!r} lacks a name: {{ name = "batch", min = 1, max = 64 }}')
+        sizes = [value[key] for key in ("min", "max") if key in value]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes) or sizes != sorted(sizes):
+            raise OptionError(f"dynamic_shapes: {dict(value)!r}: min and max must be sizes, the smaller one first")
         return torch.export.Dim(value["name"], min=value.get("min"), max=value.get("max"))
     return _dynamic_shapes(value)
 

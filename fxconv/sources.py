@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import re
 import sys
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from torch.export import ExportedProgram
 
 from .errors import ArgsError, FxconvError, NotAModuleError
 from .options import nearest
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 """Seeds the random weights and inputs, so that two runs of a command do the same."""
@@ -73,8 +76,15 @@ def load(text: str, *, inputs: str | None = None, weights: str | None = None) ->
     elif kind in ("torchvision", "timm", "hf") and rest:
         name, _, options = rest.partition(":")
         builder = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}[kind]
+        keywords = _keywords(options)
         torch.manual_seed(SEED)
-        source = builder(name, _keywords(options), weights)
+        try:
+            source = builder(name, keywords, weights)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            if not keywords or isinstance(error, FxconvError):
+                raise
+            log.debug("building %s raised", text, exc_info=True)
+            raise FxconvError(f"{name} cannot be built with {options!r}: {type(error).__name__}: {error}") from error
     elif rest:
         source = _factory(kind, rest)
     else:
@@ -291,6 +301,10 @@ def _hf(name: str, keywords: dict[str, Any], weights: str | None) -> Source:
     config_class = cls if issubclass(cls, transformers.PretrainedConfig) else getattr(cls, "config_class", None)
     if config_class is None:
         raise FxconvError(f"transformers.{name} is neither a config nor a model class")
+    plain: Any = config_class()
+    unknown = [key for key in keywords if not hasattr(plain, key)]
+    if unknown:  # transformers would keep it, unused
+        raise FxconvError(f"{config_class.__name__} has no key {unknown[0]!r}: {_close(unknown[0], list(plain.to_dict()))}")
     config = config_class(**keywords)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache in the output is state, not a result
@@ -316,11 +330,18 @@ def _factory(module_name: str, path: str) -> Source:
         value: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise FxconvError(f"cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # whatever the module's code raised
+        log.debug("importing %s raised", module_name, exc_info=True)
+        raise FxconvError(f"importing {module_name!r} raised {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(value, part):
             raise FxconvError(f"{module_name} has no {path!r}: {_close(part, dir(value))}")
         value = getattr(value, part)
-    made = value if isinstance(value, nn.Module | ExportedProgram) else value() if callable(value) else value
+    try:
+        made = value if isinstance(value, nn.Module | ExportedProgram) or not callable(value) else value()
+    except Exception as error:  # whatever the factory's code raised
+        log.debug("%s:%s raised", module_name, path, exc_info=True)
+        raise FxconvError(f"{module_name}:{path}() raised {type(error).__name__}: {error}") from error
     model, args = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module | ExportedProgram):
         raise NotAModuleError(
@@ -328,6 +349,8 @@ def _factory(module_name: str, path: str) -> Source:
         )
     if args is not None and not isinstance(args, tuple):
         args = (args,)
+    if args is None and isinstance(model, ExportedProgram):
+        return _with_examples(path, model)
     return Source(path, model, args)
 
 
@@ -338,16 +361,25 @@ def _program(path: str) -> Source:
         program = torch.export.load(path)
     except Exception as error:  # torch raises whatever its deserialiser met
         raise FxconvError(f"{path!r} is not a program that torch.export.save wrote: {error}") from error
+    return _with_examples(path, program)
+
+
+def _with_examples(name: str, program: ExportedProgram) -> Source:
     if program.example_inputs is None:
-        return Source(path, program, None)
+        return Source(name, program, None)
     args, kwargs = program.example_inputs
-    return Source(path, program, tuple(args), dict(kwargs))
+    return Source(name, program, tuple(args), dict(kwargs))
 
 
 def _onnx(path: str) -> Source:
     if not Path(path).is_file():
         raise FxconvError(f"there is no file {path!r}")
-    model = OnnxModel(path)
+    try:
+        model = OnnxModel(path)
+    except FxconvError:
+        raise
+    except Exception as error:  # ONNX Runtime's own classes
+        raise FxconvError(f"{path!r} is not a model that ONNX Runtime can load: {error}") from error
     shapes = [
         # A dim with a name is dynamic: 2 is the smallest size that is not special.
         "x".join(str(s if isinstance(s, int) else 2) for s in shape)

@@ -72,6 +72,21 @@ def not_a_module() -> int:
     return 3
 
 
+def program() -> torch.export.ExportedProgram:
+    """A factory of a program, which knows its inputs."""
+    return torch.export.export(small_cnn(), (torch.randn(2, 3, 9, 7),))
+
+
+def broken() -> nn.Module:
+    """A factory that fails."""
+    raise RuntimeError("no such checkpoint")
+
+
+def needs_an_argument(width: int) -> nn.Module:
+    """A callable that is no factory."""
+    return nn.Linear(width, width)
+
+
 class Nested:
     """Holds a factory: `factories:Nested.make`."""
 

@@ -79,11 +79,28 @@ def test_random_models_are_the_same_every_time_and_hide_nothing(source: str) -> 
         ("missing.pt2", "there is no file 'missing.pt2'"),
         ("missing.onnx", "there is no file 'missing.onnx'"),
         ("torchvision:resnet18:layers", "write key=value"),
+        ("torchvision:alexnet:num_class=3", "alexnet cannot be built with 'num_class=3': TypeError"),
+        ("timm:test_resnet:bogus=3", "test_resnet cannot be built with 'bogus=3': TypeError"),
+        ("hf:BertConfig:num_hiden_layers=1", "BertConfig has no key 'num_hiden_layers': did you mean 'num_hidden_layers'"),
+        ("factories:broken", "factories:broken() raised RuntimeError: no such checkpoint"),
+        ("factories:needs_an_argument", "factories:needs_an_argument() raised TypeError"),
     ],
 )
 def test_bad_sources_say_what_to_do(source: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fxconv("explain", source) == MISUSE
     assert said in capsys.readouterr().err
+
+
+def test_files_of_another_format_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("bad.pt2", "is not a program that"), ("bad.onnx", "is not a model that ONNX Runtime can load")):
+        (tmp_path / name).write_text("nothing of the kind")
+        assert fxconv("verify", tmp_path / name, tmp_path / name) == MISUSE
+        assert said in capsys.readouterr().err
+
+
+def test_a_factory_of_a_program_needs_no_input(tmp_path: Path) -> None:
+    assert fxconv("transform", "factories:program", "--out", tmp_path / "m.pt2", "--no-time", "--quiet") == OK
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.randn(2, 3, 9, 7)).shape == (2, 5)
 
 
 def test_factories_in_classes_and_in_training_mode() -> None:
@@ -258,6 +275,23 @@ def test_misuse_is_found_before_the_work(arguments: list[str], said: str, capsys
     assert fxconv(*arguments) == MISUSE
     err = capsys.readouterr().err
     assert said in err and "timing" not in err
+
+
+def test_what_cannot_be_written_is_misuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever an exporter raises; and a path that is a folder, for the file and for the report."""
+    (tmp_path / "taken.json").mkdir()
+    for option in ("--out", "--report"):
+        assert fxconv("transform", *CNN, option, tmp_path / "taken.json", "--no-time", "--quiet") == MISUSE
+        assert "IsADirectoryError" in capsys.readouterr().err
+
+    def fail(*_: Any) -> None:
+        raise KeyError("no conversion of aten.conv2d\nand a page of advice")
+
+    monkeypatch.setitem(targets._WRITERS, ".onnx", fail)
+    assert fxconv("transform", *CNN, "--out", tmp_path / "m.onnx", "--no-time", "--quiet") == MISUSE
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_explain_changes_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,11 @@ from fxconv.options import Options
         ({"deny": ["a", 3]}, "expected a list of names"),
         ({"dynamic_shapes": {"x": {"0": "any size"}}}, "'any size' names no dim"),
         ({"dynamic_shapes": {"x": {"0": {"min": 1}}}}, "lacks a name"),
+        ({"dynamic_shapes": {"x": {"0": {"name": "n", "min": "a"}}}}, "min and max must be sizes"),
+        ({"dynamic_shapes": {"x": {"0": {"name": "n", "min": 9, "max": 3}}}}, "the smaller one first"),
+        ({"dynamic_shapes": "batch"}, "option 'dynamic_shapes' is 'batch', expected dims by input"),
+        ({"laws": ["compose"]}, "expected fxconv.Law objects; allow_laws takes names"),
+        ({"laws": "compose"}, "expected fxconv.Law objects"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_valid_key(keywords: dict[str, Any], said: str) -> None:
@@ -96,6 +101,9 @@ def test_toml_dims_are_what_export_takes(tmp_path: Path) -> None:
     [
         ("[tool.fxconv]\nobjectiv = 'macs'", "did you mean 'objective'"),
         ("[tool.other]\n", "no table [tool.fxconv]"),
+        ("tool = 3\n", "no table [tool.fxconv]"),
+        ("[tool]\nfxconv = ['macs']\n", "no table [tool.fxconv]"),
+        ("[tool.fxconv]\nlaws = ['compose']\n", "allow_laws takes names"),
         ("objective = ", "is not TOML"),
     ],
 )
@@ -188,5 +196,10 @@ def test_laws_are_allowed_and_denied_by_name() -> None:
 
 def test_equal_options_have_equal_fingerprints() -> None:
     assert Options(seed=1).fingerprint() == Options(seed=1).fingerprint() != Options(seed=2).fingerprint()
-    law = object()
-    assert Options(laws=[law]).fingerprint() == Options(laws=[object()]).fingerprint() != Options().fingerprint()
+
+    def law(name: str = "mine", **keywords: Any) -> fxconv.Law:
+        return fxconv.Law(name, lambda v, context: (), **keywords)
+
+    different = [law(), law("yours"), law(late=True), law(margin=0.5), fxconv.Law("mine", lambda v, context: iter([v]))]
+    prints = [Options().fingerprint(), *(Options(laws=[one]).fingerprint() for one in different)]
+    assert Options(laws=[law()]).fingerprint() == prints[1] and len(set(prints)) == len(prints)
