@@ -48,11 +48,21 @@ HEAVY = (
 )
 """The slowest of torchvision's networks, and what a C++ compiler takes most of a minute for."""
 
+LIGHT = {
+    "test_target_conv_leaves_no_linear[mobileone_s0]",
+    *(
+        f"test_a_transformed_program[mobileone_s0-{runtime}]"
+        for runtime in ("saved", "onnx_runtime", "openvino", "openvino_from_onnx", "executorch")
+    ),
+    "test_pass_manager[mobileone_s0]",
+}
+"""The pipelines of mobileone_s0 that take the transformed program alone: a minute and a half together."""
+
 
 def heavy(item: pytest.Item) -> bool:
     """Whether a test is left to `--full`: it takes minutes, and others stand for it in an ordinary run."""
     if item.path.name == "test_pipelines_zoo.py" and "mobileone_s0" in item.name:
-        return True  # a thousand operators before it is transformed, for every pipeline to lower
+        return item.name not in LIGHT  # a thousand operators before it is transformed, to lower or to trace
     if item.path.name in NETWORKS and not any(q in item.name for q in QUICK):
         return True
     return item.name in HEAVY or item.name.startswith("test_no_false_alarm_on_random_regions")
