@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,22 @@ def test_the_name_is_registered_and_takes_options() -> None:
     assert not backend.reports[0].applied
     with pytest.raises(Exception, match="did you mean 'target'"), torch.no_grad():
         torch.compile(model, backend="fxconv", options={"targett": "conv"})(torch.randn(2, 3, 6, 6))
+
+
+def test_a_mode_goes_on_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fresh process Inductor's compiler is not imported yet: no attribute of torch's may be taken for granted."""
+    monkeypatch.delattr(torch._inductor, "compile_fx", raising=False)
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    fake, seen = types.ModuleType("torch._inductor.compile_fx"), []
+    fake.compile_fx = lambda gm, inputs, config_patches: (seen.append(config_patches), gm.forward)[1]  # type: ignore
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", fake)
+    model, x = Net().eval(), torch.randn(2, 3, 6, 6)
+    agrees(torch.compile(model, backend="fxconv", mode="max-autotune-no-cudagraphs"), model, x)
+    assert seen == [{"max_autotune": True, "coordinate_descent_tuning": True}]
+    for inner, mode, said in (("eager", "max-autotune", "is for Inductor; the inner"), ("inductor", "fast", "mode=fast")):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=said), torch.no_grad():
+            torch.compile(model, backend=fxconv.backend(inner), mode=mode)(x)
 
 
 _SECOND_PROCESS = """

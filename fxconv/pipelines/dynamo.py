@@ -111,8 +111,11 @@ def _lookup(inner: str | Callable[..., Any], keywords: Mapping[str, Any]) -> Cal
         return found
     if inner != "inductor":
         raise OptionError(f"torch.compile(mode={mode!r}) is for Inductor; the inner backend is {inner!r}")
-    patches = torch._inductor.list_mode_options(mode)
-    return lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, config_patches=patches)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx  # the attribute is there only once something has imported it
+
+    patches = list_mode_options(mode)
+    return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
 
 
 def _reason_against(gm: fx.GraphModule, weights: Weights, options: Options) -> str | None:
