@@ -249,6 +249,15 @@ def test_a_mode_goes_on_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.compile(model, backend=fxconv.backend(inner), mode=mode)(x)
 
 
+def test_frozen_weights_are_folded() -> None:
+    """With Inductor's freezing the weights stay in the graph's module, and Dynamo takes them for constants."""
+    x = torch.randn(2, 3, 6, 6)
+    with torch._inductor.config.patch(freezing=True):
+        model, backend, fast = compiled("aot_eager")
+        agrees(fast, model, x)
+        assert len(backend.reports) == 1 and backend.reports[0].verified and backend.reports[0].applied
+
+
 _SECOND_PROCESS = """
 import sys
 from test_pipelines_compile import run_pass

@@ -56,10 +56,12 @@ class Backend:
         options = _merged(self.options, keywords.pop("options", None))
         inner = _lookup(self.inner, keywords)
         weights = find_weights(gm.graph, example_inputs)
-        reason = _reason_against(gm, weights, options) if weights else None
+        # With Inductor's freezing on, Dynamo leaves the weights in the graph's module, and they count as constants.
+        frozen = [*gm.parameters(), *gm.buffers()]
+        reason = _reason_against(gm, weights, frozen, options) if weights or frozen else None
         if reason is not None:
             logger.warning("the graph is compiled as it is: %s", reason)
-        if reason is not None or not weights:
+        if reason is not None or not (weights or frozen):
             return inner(gm, list(example_inputs))
         try:
             guarded = _Guarded(self, gm, example_inputs, weights, options, inner)
@@ -118,9 +120,11 @@ def _lookup(inner: str | Callable[..., Any], keywords: Mapping[str, Any]) -> Cal
     return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
 
 
-def _reason_against(gm: fx.GraphModule, weights: Weights, options: Options) -> str | None:
+def _reason_against(
+    gm: fx.GraphModule, weights: Weights, frozen: Sequence[torch.Tensor], options: Options
+) -> str | None:
     """Why this graph must stay as it is, or None."""
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
+    if torch.is_grad_enabled() and any(w.requires_grad for w in (*weights.values(), *frozen)):
         return "it is run with gradients, which folded weights would cut off; call the model under torch.no_grad()"
     try:
         check_not_quantised(gm)
