@@ -7,13 +7,16 @@ Two dialects: "aten" from ``torch.export`` (parameters as ``get_attr``), "module
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from fxconv import shapes
@@ -86,6 +89,7 @@ def _with_args(
     # Export traces a hook's effect on values and loses its side effects; as a leaf module a hooked one keeps both.
     order = {"export": export, "symbolic": symbolic}.get(mode, [*symbolic, *export] if hooked else [*export, *symbolic])
     failures: list[str] = []
+    misfits = 0
     hopeless: set[str] = set()
     fallback: Captured | None = None
     for kind, attempt in order:
@@ -97,6 +101,12 @@ def _with_args(
         except Exception as error:
             # A TrainingModeError too: the model is in eval mode, and random all the same (Monte Carlo dropout).
             problem = one_line(error)
+            misfits += dynamic_shapes is not None and _do_not_fit(error)
+            if misfits == len(export):
+                raise ArgsError(
+                    f"dynamic_shapes do not fit the given args ({problem}): they are those of torch.export.export, one entry for "
+                    "each argument of forward, by position or by name, which maps dims of that argument"
+                ) from error
             if isinstance(error, GuardOnDataDependentSymNode):  # control flow on values: other sizes will not help
                 hopeless.add(kind)
         if problem is not None:
@@ -118,6 +128,16 @@ def _with_args(
         return fallback
     reasons = "; ".join(dict.fromkeys(failures))
     raise CaptureError(f"{type(model).__name__} could not be captured whole ({reasons})")
+
+
+def _do_not_fit(error: Exception) -> bool:
+    """Whether an export failed on its dynamic shapes alone: their structure, a dim that is not there, or a size out of range."""
+    if isinstance(error, IndexError):
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        return Path(torch.__file__).parent in Path(where).parents and "export" in Path(where).parts[-2]
+    if isinstance(error, UserError):
+        return error.error_type is UserErrorType.INVALID_INPUT
+    return isinstance(error, ConstraintViolationError) and "not in range" in str(error)
 
 
 def _batch_is_fixed(gm: fx.GraphModule) -> bool:

@@ -243,6 +243,17 @@ def test_a_feature_map_of_one_element_does_not_pin_the_size(mode: str) -> None:
     assert isinstance(placeholder.meta["val"].shape[2], torch.SymInt)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"nothing": {0: Dim("n")}}, ({5: Dim("n")},), ({0: Dim("n")}, {0: Dim("n")}), ({2: Dim("h", min=20)},)],
+    ids=["another name", "a dim that is not there", "too many", "a size out of range"],
+)
+def test_dynamic_shapes_that_do_not_fit_are_an_error(wrong: Any) -> None:
+    """A symbolic capture would run too, and quietly keep none of what the caller asked for."""
+    with pytest.raises(ArgsError, match="dynamic_shapes do not fit the given args"):
+        capture(Net().eval(), torch.randn(2, 3, 6, 8), dynamic_shapes=wrong)
+
+
 def test_dynamic_shapes_of_the_caller_are_kept() -> None:
     captured = capture(Net().eval(), torch.randn(2, 3, 6, 8), dynamic_shapes=({0: Dim.AUTO},))
     (placeholder,) = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
