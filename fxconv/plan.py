@@ -224,7 +224,8 @@ def plan_map(m: Map, layout: Layout, target: Target, bias: Const | None = None) 
 
 
 def takes_bias(m: Map, c: Const) -> bool:
-    """Whether the operator that a map becomes can add the constant for nothing: one value per output channel."""
+    """Whether the operator that a map becomes can add the constant for nothing: one value per output channel, or one for
+    all of a convolution that has a single channel."""
     rows = {o for o, r in enumerate(m.roles) if isinstance(r, (New, Shared))}
     varying = {o for o, v in enumerate(c.varies) if v}
     if not varying <= rows:
@@ -232,7 +233,8 @@ def takes_bias(m: Map, c: Const) -> bool:
     if any(isinstance(r, Resample) for r in m.roles) or is_selection(m) or gathered(m.kernel) is not None:
         return False
     plain_scale = not m.contracted and all(isinstance(r, (Kept, Shared)) for r in m.roles)
-    return plain_scale or bool(m.contracted) or any(isinstance(r, (New, Shared)) for r in m.roles)
+    slides = m.kernel.uniform is None and any(isinstance(r, Window) for r in m.roles)
+    return plain_scale or slides or bool(m.contracted) or any(isinstance(r, (New, Shared)) for r in m.roles)
 
 
 def bias_kernel(m: Map, c: Const, slots: Sequence[int]) -> Kernel:
