@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -135,38 +136,112 @@ def blocks(w: torch.Tensor, axis: Axis) -> torch.Tensor:
 # -- Toeplitz ---------------------------------------------------------------------------------------------------------
 
 
-def toeplitz_axes(w: torch.Tensor, slack: bool = False, most: int = 40) -> list[Axis]:
+def toeplitz_axes(w: torch.Tensor, slack: bool = False, most: int = 2000) -> list[Axis]:
     """Pairs of factors along which a matrix is shift-invariant, the largest first."""
-    rows, columns = w.shape
     s = sample(w)
     if not len(s.rows):
         return []
     margin = ulp(s.values).to(w.dtype) if slack else torch.zeros_like(s.values)
     if w.numel() <= _SMALL and _repeated(w, s, margin) < 2:
         return []
-    candidates: list[Axis] = []
-    for row in divisors(rows)[:-1]:
-        for shift in _shifts(w, s, margin, row):
-            for column in divisors(math.gcd(shift, columns)):
-                stride = shift // column
-                for n in divisors(columns // column):
-                    if n <= stride or n < 2:
-                        continue
-                    for m in divisors(rows // row):
-                        # Windows that would begin past the end read nothing.
-                        if 2 <= m and (m - 1) * stride < 2 * n:
-                            candidates.append(Axis(row, m, column, n, stride))
-    candidates.sort(key=lambda a: -a.m * a.n)
-    found: list[Axis] = []
-    quick = _Quick.of(w, slack) if candidates else None
-    for axis in candidates:
-        if len(found) == most or quick is None:
-            break
-        if not quick.survives(axis) or any(_part_of(axis, f) for f in found):
+    found: list[_Shift] = []
+    for row in divisors(w.shape[0])[:-1]:
+        for right in _shifts(w, s, margin, row):
+            found += _shifts_of(w, row, right, slack, found)
+    axes = list(dict.fromkeys(axis for f in found for axis in f.axes()))
+    return sorted(axes, key=lambda a: -a.m * a.n)[:most]
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """``w[r, c] = w[r + row, c + right]`` wherever both rows lie in one block of ``row·m``, both columns in one of
+    ``width``.
+
+    It holds for smaller blocks too, and for every way to write ``right`` as a stride over columns of several entries.
+    """
+
+    row: int
+    m: int
+    right: int
+    width: int
+
+    def implies(self, other: _Shift) -> bool:
+        """Whether the other one is this one, repeated, within its blocks."""
+        times, rest = divmod(other.row, self.row)
+        inside = (self.row * self.m) % (other.row * other.m) == 0 and self.width % other.width == 0
+        return rest == 0 and other.right == times * self.right and inside
+
+    def axes(self) -> Iterator[Axis]:
+        """The same over smaller blocks, which a second axis around it may need: those where windows of at most three
+        quarters of the input slide over about all of it."""
+        for m, width in itertools.product(divisors(self.m)[1:], divisors(self.width)):
+            if self.right < width <= 4 * m * self.right and (m - 1) * self.right < 2 * width:
+                for column in divisors(math.gcd(self.right, width)):
+                    yield Axis(self.row, m, column, width // column, self.right // column)
+
+
+def _shifts_of(w: torch.Tensor, row: int, right: int, slack: bool, known: list[_Shift]) -> list[_Shift]:
+    """The largest blocks within which a matrix is invariant under one shift, beyond those that are known already."""
+    rows, columns = w.shape
+    widths = [n for n in divisors(columns) if n > right]
+    # Windows that would begin past the end read nothing.
+    options = [
+        _Shift(row, m, right, n)
+        for m, n in itertools.product(divisors(rows // row)[1:], widths)
+        if (m - 1) * right < 2 * n
+    ]
+    options.sort(key=lambda f: -f.m * f.width)
+    some = _spread(rows - row, 1, 2 * _SAMPLES)[0].to(w.device)
+    few = _Pairs.of(w[some, : columns - right], w[some + row, right:], slack, some)
+    every: _Pairs | None = None
+    found: list[_Shift] = []
+    for f in options:
+        if any(k.implies(f) for k in (*known, *found)) or few.broken(f) or not few.shown(f):
             continue
-        if _shift_invariant(w, axis, slack):
-            found.append(axis)
+        if every is None:
+            every = _Pairs.of(w[:-row, : columns - right], w[row:, right:], slack, None)
+        if not every.broken(f):
+            found.append(f)
     return found
+
+
+class _Pairs:
+    """Entries and those one shift away: where they differ, and where they are equal and not zero."""
+
+    def __init__(self, differ: torch.Tensor, equal: torch.Tensor) -> None:
+        self._differ, self._equal = differ, equal
+        self._within: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, slack: bool, rows: torch.Tensor | None) -> _Pairs:
+        """Of two equal-sized parts; ``rows`` says which rows of the matrix a's are, if not the first ones."""
+        differ = (a != b).nonzero()
+        if slack and len(differ):
+            x, y = a[differ[:, 0], differ[:, 1]], b[differ[:, 0], differ[:, 1]]
+            differ = differ[(x.double() - y.double()).abs() > ulp(x)]
+        equal = (a != 0).nonzero() if rows is not None else differ[:0]
+        if rows is not None:
+            differ = torch.stack([rows[differ[:, 0]], differ[:, 1]], 1)
+            equal = torch.stack([rows[equal[:, 0]], equal[:, 1]], 1)
+        return cls(differ, equal)
+
+    def _in_block(self, which: str, f: _Shift) -> bool:
+        pairs = self._differ if which == "differ" else self._equal
+        mask = None
+        for dim, (step, block) in enumerate(((f.row, f.row * f.m), (f.right, f.width))):
+            key = (which, dim, block)
+            if key not in self._within:
+                self._within[key] = pairs[:, dim] % block + step < block
+            mask = self._within[key] if mask is None else mask & self._within[key]
+        return bool(mask.any()) if mask is not None else False
+
+    def broken(self, f: _Shift) -> bool:
+        """Whether two entries in one block differ."""
+        return self._in_block("differ", f)
+
+    def shown(self, f: _Shift) -> bool:
+        """Whether any entry that is not zero has one to compare with: blocks of zeros are invariant under everything."""
+        return self._in_block("equal", f)
 
 
 def _repeated(w: torch.Tensor, s: Samples, margin: torch.Tensor) -> int:
@@ -192,76 +267,35 @@ def _shifts(w: torch.Tensor, s: Samples, margin: torch.Tensor, row: int) -> list
     return [int(values[i]) for i in order if int(votes[i]) >= enough]
 
 
-def _part_of(a: Axis, b: Axis) -> bool:
-    """Whether a follows from b (the same shift, over a part of the range)."""
-    return (a.row, a.column, a.stride) == (b.row, b.column, b.stride) and b.m % a.m == 0 and b.n % a.n == 0
-
-
-@dataclass(frozen=True)
-class _Quick:
-    """Sampled entries as Python numbers: most candidates are rejected by the first one or two."""
-
-    entries: list[tuple[int, int, float, float]]
-    table: torch.Tensor
-
-    @classmethod
-    def of(cls, w: torch.Tensor, slack: bool) -> _Quick:
-        s = sample(w, seed=1, count=4 * _SAMPLES)
-        margin = ulp(s.values) if slack else torch.zeros(len(s.rows))
-        entries = zip(s.rows.tolist(), s.columns.tolist(), s.values.tolist(), margin.tolist(), strict=True)
-        return cls(list(entries), w.cpu())
-
-    def survives(self, a: Axis) -> bool:
-        """Whether every sampled entry is found again one step up and down the diagonal."""
-        tested = False
-        down, right = a.row, a.stride * a.column
-        for r, c, value, margin in self.entries:
-            o, i = r // a.row % a.m, c // a.column % a.n
-            if o + 1 < a.m and i + a.stride < a.n:
-                if abs(self.table[r + down, c + right].item() - value) > margin:
-                    return False
-                tested = True
-            if o and i >= a.stride:
-                if abs(self.table[r - down, c - right].item() - value) > margin:
-                    return False
-                tested = True
-        return tested
-
-
-def _six(w: torch.Tensor, axis: Axis) -> torch.Tensor:
-    return w.reshape(-1, axis.m, axis.row, w.shape[1] // (axis.n * axis.column), axis.n, axis.column)
-
-
-def _shift_invariant(w: torch.Tensor, axis: Axis, slack: bool) -> bool:
-    six = _six(w, axis)
-    a, b = six[:, :-1, :, :, : axis.n - axis.stride], six[:, 1:, :, :, axis.stride :]
-    if slack:
-        return bool(((a - b).abs().double() <= ulp(a)).all())
-    return torch.equal(a, b)
-
-
 def toeplitz_sets(w: torch.Tensor, axes: list[Axis], most: int = 3) -> list[tuple[Axis, ...]]:
     """One axis, or two nested in one another (outer first): those with the fewest multiply-adds, by a sample of
     entries."""
-    sets: list[tuple[Axis, ...]] = [(a,) for a in axes]
-    for a, b in itertools.permutations(axes, 2):
-        if a.row % (b.row * b.m) == 0 and a.column % (b.column * b.n) == 0:
-            sets.append((a, b))
     s = sample(w, seed=2, count=16 * _SAMPLES)
-    spans = {a: _span(s, a) for a in axes}
-
-    def price(chosen: tuple[Axis, ...]) -> tuple[float, int]:
-        return w.numel() * math.prod(spans[a] / a.n for a in chosen), len(chosen)
-
-    best = sorted(sets, key=price)[:most]
-    return [c for c in best if price(c)[0] < w.numel() * max(a.m for a in c)]
+    share = {a: _span(s, a) / a.n for a in axes}
+    inner: dict[tuple[int, int], Axis] = {}
+    for a in axes:
+        block = (a.row * a.m, a.column * a.n)
+        if block not in inner or share[a] < share[inner[block]]:
+            inner[block] = a
+    prices = {(a,): share[a] for a in axes}
+    for a in axes:
+        for (rows, columns), b in inner.items():
+            if a.row % rows == 0 and a.column % columns == 0:
+                prices[a, b] = share[a] * share[b]
+    best: dict[Hashable, tuple[Axis, ...]] = {}
+    for chosen in sorted(prices, key=lambda chosen: (prices[chosen], len(chosen))):
+        # Over smaller blocks at the same price the same shift says nothing more: the largest came first.
+        best.setdefault((prices[chosen], *((a.row, a.column, a.stride) for a in chosen)), chosen)
+        if len(best) == most:
+            break
+    return [c for c in best.values() if prices[c] < max(a.m for a in c)]
 
 
 def _span(s: Samples, a: Axis) -> int:
     """How many taps the sampled entries need."""
     t = (s.columns // a.column) % a.n - a.stride * ((s.rows // a.row) % a.m)
-    places = t.unique()
-    distance = math.gcd(*(int(p - places[0]) for p in places)) or 1
+    places = t.unique().tolist()
+    distance = math.gcd(*(p - places[0] for p in places)) or 1
     return int(places[-1] - places[0]) // distance + 1
 
 
@@ -371,19 +405,18 @@ def distinct_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     return first[order], rank[inverse.cpu()]
 
 
-def selection(w: torch.Tensor) -> torch.Tensor | None:
-    """The column that each row selects (a permutation, repeated rows), or None where the matrix is no selection."""
+def selection(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The column that each row reads and what it multiplies it with (1 throughout: a permutation, repeated rows), or None
+    where some row reads none or several."""
     s = sample(w)
-    if not len(s.rows) or not bool((s.values == 1).all()):
+    if not len(s.rows) or len({*zip(s.rows.tolist(), s.columns.tolist(), strict=True)}) != len(s.rows.unique()):
         return None
     if int(w.count_nonzero()) != w.shape[0]:
         return None
     where = w.nonzero()
-    if not torch.equal(where[:, 0].cpu(), torch.arange(w.shape[0])) or not bool(
-        (w[where[:, 0], where[:, 1]] == 1).all()
-    ):
+    if not torch.equal(where[:, 0].cpu(), torch.arange(w.shape[0])):
         return None
-    return where[:, 1].cpu()
+    return where[:, 1].cpu(), w[where[:, 0], where[:, 1]]
 
 
 # -- Rank -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """A dense kernel that has a structure becomes the map of that structure.
 
-``W x ⇒`` zero, a scale, a selection of entries, blocks (a grouped map), a window (Toeplitz, 1-d and 2-d, strided,
+``W x ⇒`` zero, a scale, a selection of entries (each times a factor), blocks (a grouped map), a window (Toeplitz, 1-d and 2-d, strided,
 padded, several channels), a smaller map of the live columns, repeated rows of a smaller map, two maps of low rank, and
 for a k×k window two windows k×1 and 1×k: "a Linear with lots of zeros performs a convolution".
 
 Exact where the structure holds on the stored values; where it holds within half a unit in the last place of every
 weight (Toeplitz, low rank) the kernel's ``spec`` says so and the report calls the rewrite "exact to rounding".
 Anything looser is `fxconv.approximate`'s.
+
+A structure may have another one inside: a window whose channels fall into groups, blocks of low rank.
 
 The tests (`fxconv.structures`) look at a sample first, so that an ordinary weight costs next to nothing, and read the
 stored weight in its own dtype. Composed kernels are looked at where they are small.
@@ -53,8 +55,8 @@ def _structures(m: Map) -> tuple[Build, ...]:
     """What a map's kernel is found to be, tested once for all maps that have it."""
     if m.kernel.uniform is not None or not m.kernel.is_static:
         return ()
-    if m.kernel.spec and isinstance(m.kernel.spec, tuple) and m.kernel.spec[0] in ("recovered", "gather"):
-        return ()
+    if isinstance(m.kernel.spec, tuple) and m.kernel.spec[:1] == ("gather",) or to_rounding(m.kernel):
+        return ()  # what was found to rounding is not looked into further: its label would be lost
     if any(not isinstance(r, (Kept, New, Shared, Window)) for r in m.roles):
         return ()
     root = m.kernel
@@ -76,17 +78,23 @@ def _structured(v: Value) -> int:
 
 
 def _with_bias(s: Sum, context: Context) -> Iterator[Outcome]:
-    """A map's structure and the constant added to it: ``view(M x) + c ⇒ view(M x + c')``, where c' is the operator's bias."""
+    """A map's structure and the constant added to it: ``view(M x) + c ⇒ view(M x + c')``, where c' is the operator's bias:
+    one value a channel, or one for all where there is one channel."""
     constants = [t for t in s.terms if isinstance(t.node, Const)]
     maps = [t for t in s.terms if isinstance(t.node, Map)]
     if len(constants) != 1 or len(maps) != 1 or len(s.terms) != 2:
         return
     for found in _recover(maps[0], context):
-        if not isinstance(found, Value) or not isinstance(found.node, View) or not isinstance(found.node.x.node, Map):
+        if not isinstance(found, Value):
             continue
-        after = found.node
-        bias = _before(after, cast(Const, constants[0].node))
-        yield as_value(view(make_sum([after.x, bias]), after.splits, after.groups))
+        c = cast(Const, constants[0].node)
+        if isinstance(found.node, Map):
+            few = _fewer(c)
+            if few != c:
+                yield make_sum([found, Value(few)])
+        elif isinstance(found.node, View) and isinstance(found.node.x.node, Map):
+            after = found.node
+            yield as_value(view(make_sum([after.x, _before(after, c)]), after.splits, after.groups))
 
 
 def _before(after: View, c: Const) -> Value:
@@ -99,8 +107,19 @@ def _before(after: View, c: Const) -> Value:
     for g in after.groups:
         places += range(at, at + len(g))
         at += len(g) or 1
-    fine = view_constant(View(Value(c), splits, tuple((p,) for p in places)), c)
-    kernel, varies = fine.kernel, list(fine.varies)
+    fine = _fewer(view_constant(View(Value(c), splits, tuple((p,) for p in places)), c))
+    position = {a: i for i, a in enumerate(order)}
+    groups: list[tuple[int, ...]] = []
+    first = 0
+    for split in after.splits:
+        groups.append(tuple(position[a] for a in range(first, first + len(split)) if a in position))
+        first += len(split)
+    return Value(view_constant(View(Value(fine), tuple((n,) for n in fine.sizes), tuple(groups)), fine))
+
+
+def _fewer(c: Const) -> Const:
+    """The same constant without the axes along which its values do not vary."""
+    kernel, varies = c.kernel, list(c.varies)
     if kernel.is_static and math.prod(int(n) for n in kernel.shape) <= _COMPOSED:
         values = kernel.tensor()
         axes = [i for i, flag in enumerate(varies) if flag]
@@ -110,14 +129,7 @@ def _before(after: View, c: Const) -> Value:
                 kernel = kernels.take(kernel, k, 0, 1)
                 kernel = kernels.reshape(kernel, [n for i, n in enumerate(kernel.shape) if i != k])
                 values = values.squeeze(k)
-    fine = Const(fine.sizes, tuple(varies), kernel)
-    position = {a: i for i, a in enumerate(order)}
-    groups: list[tuple[int, ...]] = []
-    first = 0
-    for split in after.splits:
-        groups.append(tuple(position[a] for a in range(first, first + len(split)) if a in position))
-        first += len(split)
-    return Value(view_constant(View(Value(fine), tuple((n,) for n in fine.sizes), tuple(groups)), fine))
+    return Const(c.sizes, tuple(varies), kernel)
 
 
 def _plain(m: Map) -> bool:
@@ -133,6 +145,8 @@ def native(k: Kernel) -> torch.Tensor | None:
         chain.append(root)
         root = root.parents[0]
     stored = root._facts.get("native")
+    if stored is None and _is_recovered(root):
+        stored = root.tensor()
     if not isinstance(stored, torch.Tensor):
         small = math.prod(int(s) for s in k.shape) <= _COMPOSED and _work(k) <= 16 * _COMPOSED
         return k.tensor() if small else None
@@ -184,8 +198,7 @@ def _dense(w: torch.Tensor) -> Iterator[Build]:
     if columns < 2:
         return
     if (chosen := structures.selection(w)) is not None:
-        index = tuple(chosen.tolist())
-        yield lambda m: _around(m, [columns], partial(_gather, index=index))
+        yield partial(_selected, columns=columns, index=tuple(chosen[0].tolist()), factors=chosen[1])
     for axis in structures.block_axes(w):
         yield partial(_blocks, w=w, axis=axis)
     axes = structures.toeplitz_axes(w, slack=w.dtype != torch.float64)
@@ -233,8 +246,13 @@ def _singles(items: Sequence[Size]) -> tuple[tuple[Size, ...], ...]:
 
 def _numbers(values: torch.Tensor, shape: Sequence[Size], exact: bool = True) -> Kernel:
     """A kernel of found values; ``exact`` is part of its spec, where `to_rounding` finds it."""
-    values = values.double().reshape([int(s) for s in shape])
-    return Kernel(tuple(shape), ("recovered", exact), (), lambda: values)
+    sizes = [int(s) for s in shape]
+    # The same tensor gives the same kernel, whose own structure is then looked for once.
+    return kernels.derive(tuple(shape), ("recovered", exact, id(values)), (), lambda: values.double().reshape(sizes))
+
+
+def _is_recovered(k: Kernel) -> bool:
+    return isinstance(k.spec, tuple) and k.spec[:1] == ("recovered",)
 
 
 def to_rounding(k: Kernel) -> bool:
@@ -242,7 +260,7 @@ def to_rounding(k: Kernel) -> bool:
     seen, stack = set[int](), [k]
     while stack:
         x = stack.pop()
-        if x.spec == ("recovered", False):
+        if _is_recovered(x) and not cast(tuple[object, ...], x.spec)[1]:
             return True
         if id(x) not in seen:
             seen.add(id(x))
@@ -263,6 +281,19 @@ def _gather(x: Value, n: int, index: tuple[int, ...]) -> Value:
         return torch.nn.functional.one_hot(torch.tensor(index), size).double()
 
     return normal(x, [*kept, New(len(index))], kernels.derive((len(index), size), ("gather", index), (), numbers))
+
+
+def _selected(m: Map, columns: int, index: tuple[int, ...], factors: torch.Tensor) -> Value:
+    """Entries of the operand, each times a factor."""
+
+    def body(x: Value, n: int) -> Value:
+        x = _gather(x, n, index)
+        if bool((factors == 1).all()):
+            return x
+        roles: list[Role] = [*(Kept(i) for i in range(n)), Shared(n)]
+        return normal(x, roles, _numbers(factors, factors.shape))
+
+    return _around(m, [columns], body)
 
 
 def _rows(x: Value, n: int, values: torch.Tensor, exact: bool = True) -> Value:
