@@ -457,17 +457,60 @@ def low_rank(w: torch.Tensor, most: int) -> Factors | None:
     u, s, vh = torch.linalg.svd(basis.T @ w.double(), full_matrices=False)
     u = basis @ u
     spread = float(s[0])
-    for rank in dict.fromkeys((_count(s, 1e-13 * spread), _count(s, tolerance * spread))):
+    # Behind the directions that count there may be some that only hold what rounding left.
+    for rank in sorted({_count(s, 1e-13 * spread), _count(s, tolerance * spread)}):
         if not 0 < rank <= most:
             continue
         root = s[:rank].sqrt()
         left, right = u[:, :rank] * root, vh[:rank] * root[:, None]
-        error = (left @ right - w.double()).abs()
-        if float(error.max()) <= 1e-13 * spread:
+        if float((left @ right - w.double()).abs().max()) <= 1e-13 * spread:
             return Factors(left, right, True)
-        if bool((error <= ulp(w) / 2).all()):
-            return Factors(left, right, False)
+        if w.dtype != torch.float64 and (factors := within_half_ulp(w, left, right)) is not None:
+            return Factors(*factors, False)
     return None
+
+
+_ROUNDS = 60
+"""Passes over the two factors, each a least squares fit."""
+
+
+def within_half_ulp(w: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Factors near the given ones whose product is within half a unit in the last place of every entry, or None where
+    none were found.
+
+    A product that was rounded when it was stored has such factors, but its singular vectors are not them: those weigh
+    every entry alike, while a small entry was rounded by little. So each factor in turn is fitted by least squares in
+    units of that rounding; what lies within it already counts for next to nothing, and only what lies outside pulls.
+
+    Args:
+        w: ``[…, rows, columns]`` as stored; a stack is fitted as a whole.
+        left, right: ``[…, rows, rank]`` and ``[…, rank, columns]``, float64.
+    """
+    most = w.numel() * right.shape[-2] ** 2
+    half, target = ulp(w) / 2, w.double()
+    if bool((target == 0).any()):
+        # A zero was not rounded: it only has to stay small against what is there.
+        half = torch.where(target == 0, half.amax() * 2.0**-20, half)
+    for step in range(_ROUNDS if most <= 2**26 else 1):
+        if step:
+            bound = (1 - 0.05 * 0.93**step) * half
+            left = _pulled(target, bound, left, right)
+            right = _pulled(target.mT, bound.mT, right.mT, left.mT).mT
+        if bool(((left @ right - target).abs() <= half).all()):
+            return left, right
+    return None
+
+
+def _pulled(target: torch.Tensor, bound: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a`` such that entries of ``a @ b`` are less far outside ``bound`` of the target."""
+    error = a @ b - target
+    weight = torch.where(error.abs() > bound, 1.0, 0.003) / bound.square()
+    wanted = error.clamp(-bound, bound) - error
+    normal = torch.einsum("...rj,...ij,...kj->...irk", b, weight, b)
+    scale = normal.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(1e-300)
+    ridge = 1e-14 * torch.eye(b.shape[-2], dtype=b.dtype, device=b.device)
+    moved = torch.einsum("...ij,...kj->...ik", weight * wanted, b)
+    return a + torch.linalg.solve(normal / scale + ridge, (moved / scale[..., 0])[..., None])[..., 0]
 
 
 def _count(s: torch.Tensor, threshold: float) -> int:

@@ -1,8 +1,8 @@
 """A dense kernel that has a structure becomes the map of that structure.
 
-``W x ⇒`` zero, a scale, a selection of entries (each times a factor), blocks (a grouped map), a window (Toeplitz, 1-d and 2-d, strided,
-padded, several channels), a smaller map of the live columns, repeated rows of a smaller map, two maps of low rank, and
-for a k×k window two windows k×1 and 1×k: "a Linear with lots of zeros performs a convolution".
+``W x ⇒`` zero, a scale, a selection of entries (each times a factor), blocks (a grouped map), a window (Toeplitz, 1-d and
+2-d, strided, padded, several channels), a smaller map of the live columns, repeated rows of a smaller map, two maps of
+low rank, and for a k×k window two windows k×1 and 1×k: "a Linear with lots of zeros performs a convolution".
 
 Exact where the structure holds on the stored values; where it holds within half a unit in the last place of every
 weight (Toeplitz, low rank) the kernel's ``spec`` says so and the report calls the rewrite "exact to rounding".
@@ -402,11 +402,15 @@ def _separable(m: Map, w: torch.Tensor, windows: list[int]) -> Iterator[Build]:
     if not m.contracted and all(not isinstance(r, New) for r in m.roles):
         k = w.permute(_order(m, [*groups, a, b])).reshape(-1, ta, tb)
         u, s, vh = torch.linalg.svd(k.double(), full_matrices=False)
-        left, right = u[:, :, 0] * s[:, :1].sqrt(), vh[:, 0] * s[:, :1].sqrt()
-        error = (left[:, :, None] * right[:, None] - k.double()).abs()
+        if bool((s[:, 1:2] > 1e-5 * s[:, :1]).any()):
+            return
+        left, right = u[:, :, :1] * s[:, :1, None].sqrt(), vh[:, :1] * s[:, :1, None].sqrt()
+        error = (left @ right - k.double()).abs()
         exact = bool((error <= 1e-15 * k.double().abs().amax((1, 2), keepdim=True) * 4).all())
-        if exact or w.dtype != torch.float64 and bool((error <= structures.ulp(k) / 2).all()):
-            yield partial(_two_windows, a=a, b=b, left=left, right=right, rank=None, exact=exact)
+        near = (left, right) if exact or w.dtype == torch.float64 else structures.within_half_ulp(k, left, right)
+        if exact or near is not None and w.dtype != torch.float64:
+            left, right = near
+            yield partial(_two_windows, a=a, b=b, left=left[..., 0], right=right[:, 0], rank=None, exact=exact)
         return
     news = [o for o, r in enumerate(m.roles) if isinstance(r, New)]
     k = w.permute(_order(m, [*news, a, b]))
