@@ -297,8 +297,11 @@ def relift(
             (state if in_state else constants)[target] = value
     user_specs = [spec for spec in old.input_specs if spec.kind == InputKind.USER_INPUT]
     new_names: dict[str, str] = {}
+    own = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     for node, spec in zip([n for n in gm.graph.nodes if n.op == "placeholder"], user_specs, strict=True):
         env[node] = graph.node_copy(node)
+        # The sizes that its range constraints are about, and not what else is known of them.
+        env[node].meta["val"] = own[spec.arg.name].meta["val"]
         new_names[spec.arg.name] = env[node].name
         inputs.append(InputSpec(spec.kind, _renamed(spec.arg, env[node].name), spec.target, spec.persistent))
     mutations: list[tuple[fx.Node, fx.Node]] = []

@@ -15,6 +15,7 @@ from fxconv import kernel as kernels
 from fxconv.asks import asks_shape
 from fxconv.capture import Captured, capture
 from fxconv.cost import CostModel
+from fxconv.divisible import assume_divisible
 from fxconv.emit import Emitted, module_path
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Value
@@ -166,6 +167,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     """
     timings: dict[str, float] = {}
     clock = time.perf_counter()
+    assume_divisible(captured.gm)
     lifter = Lifter(captured.gm, {**captured.barriers, **_left_alone(captured.gm, options, where)})
     lifter.run()
     clock = _lap(timings, "lift", clock)

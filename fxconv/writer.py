@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
-from fxconv.axes import Size, as_size, is_static, same, shape_of
+from fxconv.axes import Size, as_size, is_static, quotient, same, shape_of
 from fxconv.kernel import Kernel
 from fxconv.plan import Step
 from fxconv.rounding import unfit
@@ -222,6 +222,9 @@ class Writer:
 
         if expr.is_Integer:
             return int(expr)
+        for s, node, d in self._known_sizes():
+            if isinstance(times := quotient(s, expr), int):
+                return self._binary(operator.floordiv, self._sym_size(node, d), times)
         if isinstance(expr, FloorDiv):
             return self._binary(operator.floordiv, *(self.size(as_size(a), near) for a in expr.args))
         if expr.is_Add or expr.is_Mul:
