@@ -24,16 +24,27 @@ import torch
 from torch import fx, nn
 
 from fxconv.capture import capture
+from fxconv.cost import CostModel, Price
 from fxconv.emit import module_path
 from fxconv.errors import FxconvError, VerificationError
-from fxconv.report import Capture, Remark, Report, Rewrite, attach
+from fxconv.lift import Lifter
+from fxconv.plan import TARGETS
+from fxconv.profiles import load_profile
+from fxconv.report import Capture, Cost, Remark, Report, Rewrite, attach
 from fxconv.resample import matrix
+from fxconv.shapes import propagate
 from fxconv.spelling import Barrier, Op, canonical
+from fxconv.state import State
 
 aten = torch.ops.aten
 
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _POOL = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
+
+_MAX_POOL = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}
+
+_ELEMENTWISE = ("hardswish", "hardsigmoid", "hardtanh", "relu6", "mish", "silu", "log_sigmoid", "celu", "selu", "softplus")
+"""Elementwise functions, of which torch does not tag all as such."""
 
 _DOUBLE = 2**24
 """Weights up to which the check runs in float64."""
@@ -94,15 +105,43 @@ def densify(model: nn.Module, x: torch.Tensor, *, verify: bool = True) -> fx.Gra
     if verify:
         verification, advice = _verify(model, gm, x, slider)
     status = "confirmed" if verify else "not run"
+    before, after = _Prices(captured.gm, captured.barriers, x), _Prices(gm, captured.barriers, x)
     report = Report(
         model=type(model).__name__,
         capture=Capture(captured.how, tuple(captured.notes)),
-        rewrites=tuple(replace(r, verdict={"status": status}) for r in slider.rewrites),
+        rewrites=tuple(
+            replace(r, before=before.of(r.nodes), after=after.of(r.new_nodes), verdict={"status": status})
+            for r in slider.rewrites
+        ),
         advice=tuple(advice),
+        cost_before=before.total,
+        cost_after=after.total,
         verification=verification,
     )
     result: fx.GraphModule = attach(gm, report)
     return result
+
+
+class _Prices:
+    """What the operators of a graph cost at the training size, as fxconv's cost model has it."""
+
+    def __init__(self, gm: fx.GraphModule, barriers: Mapping[str, str], x: torch.Tensor) -> None:
+        from fxconv.transform import _roots
+
+        propagate(gm, (x,), dynamic="none")
+        lifter = Lifter(gm, barriers)
+        lifter.run()
+        self._state = State(lifter, CostModel(load_profile("default"), {}), TARGETS[None], "latency")
+        self._state.load(_roots(gm, lifter))
+        self.total = _cost(self._state.honest_total())
+
+    def of(self, nodes: tuple[str, ...]) -> Cost:
+        originals = self._state.originals.values()
+        return _cost(sum((o.price for o in originals if o.node.name in nodes), Price()))
+
+
+def _cost(p: Price) -> Cost:
+    return Cost(round(p.macs), round(p.params), round(p.launches), round(p.bytes), p.seconds)
 
 
 class _Slider:
@@ -150,6 +189,11 @@ class _Slider:
             self.out = grid
             return self.new[n]
 
+        (out,) = node.args
+        if isinstance(out, (tuple, list)) and len(out) == 1:
+            (out,) = out
+        if not isinstance(out, fx.Node):
+            raise DensifyError("the model returns several things: take the part of it that gives one tensor of scores")
         self.graph.output(fx.map_arg(node.args[0], one))
 
     def _refuse(self, node: fx.Node, what: str) -> DensifyError:
@@ -165,7 +209,9 @@ class _Slider:
         name = op.name if isinstance(op, Op) else ""
         source = next(n for n in node.all_input_nodes if n in self.grids)
         grid = self.grids[source]
-        if node.target is operator.getitem or isinstance(op, Barrier) and self._pointwise(node):
+        if node.target is operator.getitem and _opname(source).startswith("adaptive_max_pool"):
+            self._set(node, self.new[source], grid)  # which has become a pooling without indices
+        elif node.target is operator.getitem or isinstance(op, Barrier) and self._pointwise(node):
             self._same(node)
         elif isinstance(op, Barrier):
             self._barrier(node, source, grid, op)
@@ -188,20 +234,37 @@ class _Slider:
 
     @staticmethod
     def _pointwise(node: fx.Node) -> bool:
-        return torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _opname(node) in _ELEMENTWISE
 
     def _barrier(self, node: fx.Node, source: fx.Node, grid: Grid, op: Barrier) -> None:
         """Softmax over the channels slides; what else is not affine does not, as far as is known."""
-        target = getattr(node.target, "_opname", str(node.target))
+        target = _opname(node)
         softmax = target in ("softmax", "log_softmax", "_softmax", "_log_softmax")
         if softmax and int(node.args[1]) % source.meta["val"].dim() == 1:  # type: ignore[arg-type]
             new = self.graph.node_copy(node, lambda n: self.new[n])
             new.args = (new.args[0], 1, *new.args[2:])
             self._set(node, new, grid)
-        elif target in ("max_pool2d_with_indices", "adaptive_max_pool2d") or not op.reason:
+        elif target == "amax" and self._over_positions(node):
+            flat = not (len(node.args) > 2 and node.args[2])
+            self._adaptive(node, source, grid, (1,) * self.nd, flat=flat, maximum=True)
+        elif target.startswith("adaptive_max_pool") and not self._indices_read(node):
+            size = node.args[1]
+            wanted = (size,) * self.nd if isinstance(size, int) else tuple(size)  # type: ignore[arg-type]
+            self._adaptive(node, source, grid, wanted, maximum=True)  # type: ignore[arg-type]
+        elif target == "max_pool2d_with_indices" or not op.reason:
             raise self._refuse(node, f"'{target}'")
         else:
             raise self._refuse(node, f"'{target}' ({op.reason})")
+
+    def _over_positions(self, node: fx.Node) -> bool:
+        dims = node.args[1] if len(node.args) > 1 else ()
+        rank = 2 + self.nd
+        return sorted(int(d) % rank for d in dims) == list(range(2, rank))  # type: ignore[arg-type, union-attr]
+
+    @staticmethod
+    def _indices_read(node: fx.Node) -> bool:
+        """Whether anything reads where a pooling found its maxima."""
+        return any(u.target is operator.getitem and u.args[1] != 0 and u.users for u in node.users)
 
     def _set(self, node: fx.Node, new: fx.Node, grid: Grid) -> None:
         new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
@@ -247,7 +310,13 @@ class _Slider:
         self._set(node, new, Grid(size, tuple(a * b for a, b in zip(grid.stride, stride, strict=True)), grid.spread))
 
     def _adaptive(
-        self, node: fx.Node, source: fx.Node, grid: Grid, wanted: tuple[int, ...], flat: bool = False
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        grid: Grid,
+        wanted: tuple[int, ...],
+        flat: bool = False,
+        maximum: bool = False,
     ) -> None:
         if any(s != 1 for s in grid.spread) or grid.pool or grid.flat:
             raise self._refuse(node, "a pooling to a fixed size behind another")
@@ -256,12 +325,15 @@ class _Slider:
             return
         if all(n % o == 0 for n, o in zip(grid.size, wanted, strict=True)):
             kernel = [n // o for n, o in zip(grid.size, wanted, strict=True)]
-            new = self.graph.call_function(_POOL[self.nd], (self.new[source], kernel, [1] * self.nd))
+            pool = _MAX_POOL if maximum else _POOL
+            new = self.graph.call_function(pool[self.nd], (self.new[source], kernel, [1] * self.nd))
             spread = tuple(1 if o == 1 else k for o, k in zip(wanted, kernel, strict=True))
             self._set(node, new, Grid(wanted, grid.stride, spread, flat))
             return
-        pool = tuple(matrix("adaptive_avg", (), n, o) for n, o in zip(grid.size, wanted, strict=True))
-        self._set(node, self.new[source], Grid(wanted, grid.stride, grid.spread, flat, pool))
+        if maximum:
+            raise self._refuse(node, f"a maximum over uneven parts ({grid.size} to {wanted})")
+        pools = tuple(matrix("adaptive_avg", (), n, o) for n, o in zip(grid.size, wanted, strict=True))
+        self._set(node, self.new[source], Grid(wanted, grid.stride, grid.spread, flat, pools))
 
     def _reshape(self, node: fx.Node, source: fx.Node, grid: Grid) -> None:
         before, after = source.meta["val"].shape, node.meta["val"].shape
@@ -271,8 +343,15 @@ class _Slider:
             self._set(node, self.new[source], Grid(grid.size, grid.stride, grid.spread))
         elif tuple(before) == tuple(after):
             self._set(node, self.new[source], grid)
+        elif grid.single and not grid.flat and before[1] == after[1] and math.prod(after[2:]) == 1 and self._regrouped(node):
+            self._set(node, self.new[source], grid)  # squeezed dim by dim
         else:
             raise self._refuse(node, f"a view from {tuple(before)} to {tuple(after)}")
+
+    def _regrouped(self, node: fx.Node) -> bool:
+        """Whether all that reads a view is another view."""
+        ops = [canonical(u, self.gm, self.barriers) for u in node.users]
+        return all(isinstance(op, Op) and op.name == "reshape" for op in ops)
 
     def _linear(self, node: fx.Node, source: fx.Node, grid: Grid) -> None:
         weight_node = node.args[1]
@@ -301,6 +380,10 @@ class _Slider:
         ones = (1,) * self.nd
         self._set(node, new, Grid(ones, grid.stride, ones, True))
         self.rewrites.append(Rewrite(new.name, (node.name,), (new.name,), ("slide",), where=module_path(node)))
+
+
+def _opname(node: fx.Node) -> str:
+    return str(getattr(node.target, "_opname", node.target))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -355,12 +438,14 @@ def _verify(
         return {**result, "error": max(at_home, away)}, []
     common = tuple(slice(0, min(a, b)) for a, b in zip(expected.shape, got.shape, strict=True))
     away = _difference(expected[common], got[common])
+    count = len(slider.padded)
+    names = ", ".join(slider.padded[:3]) + ("…" if count > 3 else "")
     reason = (
-        f"{len(slider.padded)} layers pad ({', '.join(slider.padded[:3])}…): the original sees zeros at the border of "
+        f"{count} layer{'s pad' if count > 1 else ' pads'} ({names}): the original sees zeros at the border of "
         f"each window where the larger image goes on, so on {where} of noise scores differ by up to {away:.1e} of "
         "the largest"
     )
-    return {**result, "notes": [reason]}, [Remark("advice", slider.padded[0], "slide", reason, "nothing padded")]
+    return {**result, "windows": away, "notes": [reason]}, [Remark("advice", slider.padded[0], "slide", reason, "nothing padded")]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -29,15 +29,19 @@ def assume_divisible(gm: fx.GraphModule) -> None:
     """Write the sizes in ``meta["val"]`` as multiples of what the graph's views divide them by."""
     facts: list[Fact] = []
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or not _may_divide(node):
+        if not node.op.startswith("call_") or not _may_divide(node):
             continue
         op = canonical(node, gm, {})
-        if isinstance(op, Op) and op.name == "reshape" and op.attrs.get("shape") is not None:
-            source = node.all_input_nodes[0].meta.get("val")
-            written = _written(op.attrs["shape"])
-            if isinstance(source, torch.Tensor) and written is not None:
-                before = [rewritten(s, facts) for s in shape_of(source)]
-                facts += divisors_said(before, [rewritten(s, facts) for s in written])
+        if not isinstance(op, Op) or op.name not in ("reshape", "pixel_unshuffle"):
+            continue
+        source = node.all_input_nodes[0].meta.get("val")
+        if not isinstance(source, torch.Tensor):
+            continue
+        before = [rewritten(s, facts) for s in shape_of(source)]
+        if op.name == "pixel_unshuffle":
+            facts += [(s, int(op.attrs["factor"])) for s in before[-2:] if not is_static(s)]
+        elif op.attrs.get("shape") is not None and (written := _written(op.attrs["shape"])) is not None:
+            facts += divisors_said(before, [rewritten(s, facts) for s in written])
     if not facts:
         return
     for node in gm.graph.nodes:
@@ -46,10 +50,11 @@ def assume_divisible(gm: fx.GraphModule) -> None:
 
 
 def _may_divide(node: fx.Node) -> bool:
-    """Whether a dynamic size, floor-divided, is among a node's arguments."""
-    return any(
-        isinstance(v := n.meta.get("val"), torch.SymInt) and v.node.expr.has(FloorDiv) for n in node.all_input_nodes
-    )
+    """Whether a dynamic size, floor-divided, is among a node's arguments or in its shape."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    if isinstance(own := node.meta.get("val"), torch.Tensor):
+        values += own.shape
+    return any(isinstance(v, torch.SymInt) and v.node.expr.has(FloorDiv) for v in values)
 
 
 def _written(shape: Any) -> list[Size] | None:
