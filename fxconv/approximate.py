@@ -7,6 +7,7 @@ model's, and the Pareto table of everything that was fitted.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,15 +32,22 @@ _PATCHES = 4096
 
 @dataclass
 class _Layer:
-    """A layer that may be replaced, with the moments of its inputs: calibration, and held out."""
+    """A layer that may be replaced, with the moments of its inputs: calibration, and held out.
 
-    name: str
-    module: nn.Linear | nn.Conv2d
+    ``names`` are all that the model has for it: a module may be used in several places.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Linear | nn.Conv1d | nn.Conv2d
     fit: Moments
     test: Moments
     positions: float = 0.0
     samples: int = 0
     candidates: list[tuple[Candidate, float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -54,9 +62,9 @@ class _Layer:
     def params(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
-    def cost(self, macs: float, params: int) -> Cost:
-        """Of one sample."""
-        return Cost(round(macs * self.positions / max(self.samples, 1)), params)
+    def cost(self, macs: float, params: int, launches: int) -> Cost:
+        """Of one sample; launches are those of one call."""
+        return Cost(round(macs * self.positions / max(self.samples, 1)), params, launches)
 
 
 def approximate(
@@ -77,7 +85,8 @@ def approximate(
     Args:
         model: in eval mode; it is not changed.
         x: an example input, for models that must be run once to be complete; usually None.
-        calibration: batches, or (inputs, labels) pairs as a DataLoader gives; every fourth batch is held out.
+        calibration: batches, or (inputs, labels) pairs as a DataLoader gives; every fourth batch is held out, and at most
+            256 are read. A batch for a model of several inputs begins with them.
         max_error: bound of ‖result − model‖ ÷ ‖model‖ over the outputs on the held-out batches.
         objective: "macs" or "params": what is saved per error.
         layers: qualified names of the layers that may be replaced; None: all.
@@ -95,7 +104,8 @@ def approximate(
         raise ArgsError(f"max_error is {max_error}: give a positive relative error, for instance 1e-2")
     if any(m.training for m in model.modules()):
         raise TrainingModeError("the model is in training mode: call model.eval() first")
-    batches = [_inputs(b) for b in itertools.islice(calibration, 256)]
+    count = _required(model)
+    batches = [_inputs(b, count) for b in itertools.islice(calibration, 256)]
     if not batches:
         raise ArgsError("calibration is empty: give batches of real inputs, for instance a DataLoader")
     if len(batches) == 1:
@@ -105,7 +115,7 @@ def approximate(
     result = copy.deepcopy(model)
     with torch.no_grad():
         if x is not None:
-            result(*_inputs(x))
+            result(*_inputs(x, count))
         found, refused = _layers(result, None if layers is None else set(layers))
         _collect(result, found, fit, held)
         expected = [_flat(result(*b)) for b in held]
@@ -122,20 +132,29 @@ def pareto(result: Any) -> list[dict[str, Any]]:
     return list(read(result).verification.get("pareto", ()))
 
 
-def _inputs(batch: Any) -> tuple[Any, ...]:
+def _required(model: nn.Module) -> int:
+    """How many positional inputs the model cannot do without; 1 where its signature does not say."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters))
+
+
+def _inputs(batch: Any, count: int) -> tuple[Any, ...]:
     """The model's positional inputs of a batch: labels that a DataLoader adds are left out."""
     if isinstance(batch, torch.Tensor):
-        return (batch,)
-    if isinstance(batch, (tuple, list)) and batch:
-        return (batch[0],)
-    raise ArgsError(f"a calibration batch is a {type(batch).__name__}: give tensors, or (inputs, labels) pairs")
+        batch = (batch,)
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise ArgsError(f"a calibration batch is a {type(batch).__name__}: give tensors, or (inputs, labels) pairs")
+    if len(batch) < count:
+        raise ArgsError(f"a calibration batch holds {len(batch)} tensors, and the model wants {count} inputs")
+    return tuple(batch[:count])
 
 
 def _halves(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    x = batch[0]
-    if len(x) < 4:
-        raise ArgsError(f"calibration holds {len(x)} samples: give more, a quarter of them is held out")
-    return [(part,) for part in x.chunk(4)]
+    samples = len(batch[0])
+    if samples < 4:
+        raise ArgsError(f"calibration holds {samples} samples: give more, a quarter of them is held out")
+    return list(zip(*(x.chunk(4) for x in batch), strict=True))
 
 
 def _flat(out: Any) -> torch.Tensor:
@@ -146,12 +165,16 @@ def _flat(out: Any) -> torch.Tensor:
 
 def _layers(model: nn.Module, wanted: set[str] | None) -> tuple[list[_Layer], list[Remark]]:
     found, refused = [], []
-    names = {n for n, _ in model.named_modules()}
+    names = {n for n, _ in model.named_modules(remove_duplicate=False)}
     for unknown in sorted((wanted or set()) - names):
         raise ArgsError(f"the model has no layer {unknown!r}: {nearest(unknown, sorted(names))}")
-    for name, m in model.named_modules():
-        if not isinstance(m, (nn.Linear, nn.Conv2d)) or wanted is not None and name not in wanted:
+    places: dict[nn.Module, list[str]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        places.setdefault(m, []).append(name)
+    for m, called in places.items():
+        if not isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) or wanted is not None and not wanted & {*called}:
             continue
+        name = called[0]
         why = _blocked(m)
         size = m.weight[0].numel()
         if not why and size > _WIDEST:
@@ -159,16 +182,16 @@ def _layers(model: nn.Module, wanted: set[str] | None) -> tuple[list[_Layer], li
         if why:
             refused.append(Remark("refused", name, "approximate", why))
         else:
-            found.append(_Layer(name, m, Moments(size), Moments(size)))
+            found.append(_Layer(tuple(called), m, Moments(size), Moments(size)))
     return found, refused
 
 
 def _blocked(m: nn.Module) -> str:
-    if type(m) not in (nn.Linear, nn.Conv2d):
+    if type(m) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
         return f"{type(m).__name__} is a subclass, which may do something else"
     if m._forward_hooks or m._forward_pre_hooks:
         return "it has hooks"
-    if isinstance(m, nn.Conv2d) and (m.groups != 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):
+    if isinstance(m, (nn.Conv1d, nn.Conv2d)) and (m.groups != 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):
         return f"groups={m.groups}, padding={m.padding!r}, padding_mode={m.padding_mode!r}"
     return ""
 
@@ -176,14 +199,13 @@ def _blocked(m: nn.Module) -> str:
 def _collect(model: nn.Module, layers: list[_Layer], fit: list[Any], held: list[Any]) -> None:
     """One pass over each part; every layer's inputs are added to its moments as they come by."""
     generator = torch.Generator().manual_seed(0)
-    state = {"fit": True, "samples": 0}
+    state = {"fit": True}
 
     def hook(layer: _Layer) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             rows = _rows(module, args[0])
             if state["fit"]:
                 layer.positions += len(rows)
-                layer.samples += int(state["samples"])
             if len(rows) > _PATCHES:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:_PATCHES].to(rows.device)]
             (layer.fit if state["fit"] else layer.test).add(rows)
@@ -194,8 +216,11 @@ def _collect(model: nn.Module, layers: list[_Layer], fit: list[Any], held: list[
     try:
         for part, batches in ((True, fit), (False, held)):
             for batch in batches:
-                state["fit"], state["samples"] = part, len(batch[0])
+                state["fit"] = part
                 model(*batch)
+                if part:
+                    for layer in layers:
+                        layer.samples += len(batch[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -203,10 +228,13 @@ def _collect(model: nn.Module, layers: list[_Layer], fit: list[Any], held: list[
 
 def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The vectors that a layer's weight is applied to."""
-    if isinstance(module, nn.Conv2d):
-        x = x if x.dim() == 4 else x[None]
-        size, padding = module.kernel_size, module.padding
-        patches = F.unfold(x, size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        flat = 2 - len(module.kernel_size)  # a sequence is an image of height 1
+        x = x if x.dim() == 4 - flat else x[None]
+        x = x.unsqueeze(2) if flat else x
+        size, dilation, stride = ((1,) * flat + v for v in (module.kernel_size, module.dilation, module.stride))
+        padding = (0,) * flat + tuple(module.padding)  # type: ignore[arg-type]
+        patches = F.unfold(x, size, dilation, padding, stride)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
     return x.reshape(-1, x.shape[-1])
 
@@ -221,7 +249,7 @@ def _price(c: Candidate, objective: str) -> float:
 def _front(layer: _Layer, objective: str) -> list[tuple[Candidate, float]]:
     """Candidates that are cheaper than the layer and that no cheaper one beats, cheapest first."""
     full = layer.weight.numel() if objective == "macs" else layer.params
-    make = conv_candidates if isinstance(layer.module, nn.Conv2d) else linear_candidates
+    make = linear_candidates if isinstance(layer.module, nn.Linear) else conv_candidates
     made = make(layer.module, layer.fit)  # type: ignore[arg-type]
     rated = [(c, c.error(layer.weight, layer.bias, layer.test)) for c in made]
     rated = [(c, e) for c, e in rated if _price(c, objective) < full and math.isfinite(e)]
@@ -275,7 +303,7 @@ def _choose(
         while low <= high:
             middle = (low + high) // 2
             candidate, error = front[middle]
-            _replace(model, layer.name, candidate.build())
+            _replace(model, layer.names, candidate.build())
             now = whole()
             if now <= budget:
                 best, high = (candidate, error, now), middle - 1
@@ -283,17 +311,18 @@ def _choose(
                 low = middle + 1
                 reached[layer.name] = min(reached.get(layer.name, math.inf), now)
         if best is None:
-            _replace(model, layer.name, layer.module)
+            _replace(model, layer.names, layer.module)
             continue
-        _replace(model, layer.name, best[0].build())
+        _replace(model, layer.names, best[0].build())
         chosen[layer.name] = _Choice(layer, *best)
         total = best[2]
     return chosen, reached, total
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module.eval())
+def _replace(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> None:
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.eval())
 
 
 # -- Report -----------------------------------------------------------------------------------------------------------
@@ -313,7 +342,7 @@ def _report(
     rewrites, missed = [], list(refused)
     before = after = Cost()
     for layer in layers:
-        full = layer.cost(layer.weight.numel(), layer.params)
+        full = layer.cost(layer.weight.numel(), layer.params, 1)
         before = before + full
         choice = chosen.get(layer.name)
         if choice is None:
@@ -321,7 +350,7 @@ def _report(
             missed.append(_missed(layer, reached.get(layer.name), budget))
             continue
         c = choice.candidate
-        now = layer.cost(c.macs, c.params)
+        now = layer.cost(c.macs, c.params, c.launches)
         after = after + now
         verdict = {
             "status": "confirmed",
@@ -363,9 +392,9 @@ def _missed(layer: _Layer, reached: float | None, budget: float) -> Remark:
 
 def _table(layers: list[_Layer], chosen: Mapping[str, _Choice]) -> Iterator[dict[str, Any]]:
     for layer in layers:
-        full = layer.cost(layer.weight.numel(), layer.params)
+        full = layer.cost(layer.weight.numel(), layer.params, 1)
         for c, error in layer.candidates:
-            cost = layer.cost(c.macs, c.params)
+            cost = layer.cost(c.macs, c.params, c.launches)
             yield {
                 "layer": layer.name,
                 "family": c.family,

@@ -73,6 +73,11 @@ class Candidate:
     params: int
     build: Callable[[], nn.Module]
 
+    @property
+    def launches(self) -> int:
+        """Operators that a call runs; views are free."""
+        return 1 if self.family in ("blocks", "small kernel") else 2
+
     def error(self, weight: torch.Tensor, bias: torch.Tensor, moments: Moments) -> float:
         """Root mean square error of the output ÷ root mean square of the output, on data with these moments."""
         return math.sqrt(_energy(self.weight - weight, self.bias - bias, moments) / _energy(weight, bias, moments))
@@ -287,14 +292,15 @@ def _filters_fit(
     return Candidate("filters", detail, fitted, bias, macs, r * k + rows * r * places + rows, build)
 
 
-# -- Conv2d -----------------------------------------------------------------------------------------------------------
+# -- Convolutions -----------------------------------------------------------------------------------------------------------
 
 
-def conv_candidates(layer: nn.Conv2d, m: Moments) -> Iterator[Candidate]:
-    """Cheaper layers for an ungrouped convolution, whose moments are those of its patches ``[C·k·k]``."""
+def conv_candidates(layer: nn.Conv1d | nn.Conv2d, m: Moments) -> Iterator[Candidate]:
+    """Cheaper layers for an ungrouped convolution, whose moments are those of its patches ``[C·k]`` or ``[C·k·k]``."""
     w = layer.weight.detach().double().flatten(1)
     b = layer.bias.detach().double() if layer.bias is not None else w.new_zeros(w.shape[0])
     rows, columns = w.shape
+    make = type(layer)
     options = {"stride": layer.stride, "dilation": layer.dilation}
     for left, right, bias in _factors(w, b, m):
         r = left.shape[1]
@@ -302,26 +308,29 @@ def conv_candidates(layer: nn.Conv2d, m: Moments) -> Iterator[Candidate]:
         def build(left: torch.Tensor = left, right: torch.Tensor = right, bias: torch.Tensor = bias) -> nn.Module:
             r = left.shape[1]
             size, padding = layer.kernel_size, layer.padding
-            first = nn.Conv2d(layer.in_channels, r, size, padding=padding, bias=False, **options)  # type: ignore[arg-type]
+            first = make(layer.in_channels, r, size, padding=padding, bias=False, **options)  # type: ignore[arg-type]
             _set(first, right, None, layer.weight)
-            return nn.Sequential(first, _set(nn.Conv2d(r, rows, 1), left, bias, layer.weight))
+            return nn.Sequential(first, _set(make(r, rows, 1), left, bias, layer.weight))
 
         count = r * (rows + columns)
         yield Candidate("low rank", f"rank {r}", left @ right, bias, count, count + rows, build)
     yield from _small_kernels(layer, w, b, m)
 
 
-def _small_kernels(layer: nn.Conv2d, w: torch.Tensor, b: torch.Tensor, m: Moments) -> Iterator[Candidate]:
-    kh, kw = layer.kernel_size
-    if isinstance(layer.padding, str) or kh != kw or kh % 2 == 0:
+def _small_kernels(layer: nn.Conv1d | nn.Conv2d, w: torch.Tensor, b: torch.Tensor, m: Moments) -> Iterator[Candidate]:
+    """The middle of the kernel: of 7×7 taps 5×5, 3×3 and 1; of 4×4 taps 2×2; of 1×7 taps 1×5, …"""
+    if isinstance(layer.padding, str):
         return
-    for k in range(1, kh, 2):
-        cut = (kh - k) // 2
-        padding = tuple(p - cut * d for p, d in zip(layer.padding, layer.dilation, strict=True))
-        if min(padding) < 0:
+    whole, padding = layer.kernel_size, layer.padding
+    for most in range(1, max(whole)):
+        # As many taps go on one side as on the other.
+        size = tuple(n if n <= most else most - (n - most) % 2 for n in whole)
+        cut = [(n - k) // 2 for n, k in zip(whole, size, strict=True)]
+        less = tuple(p - c * d for p, c, d in zip(padding, cut, layer.dilation, strict=True))
+        if max(size) != most or min(size) < 1 or min(less) < 0:
             continue
-        grid = torch.arange(w.shape[1], device=w.device).reshape(layer.in_channels, kh, kw)
-        index = grid[:, cut : cut + k, cut : cut + k].reshape(-1)
+        grid = torch.arange(w.shape[1], device=w.device).reshape(layer.in_channels, *whole)
+        index = grid[(slice(None), *(slice(c, c + k) for c, k in zip(cut, size, strict=True)))].reshape(-1)
         cov = m.covariance
         theta = _solve(cov[index[:, None], index], w @ cov[:, index])
         fitted = torch.zeros_like(w)
@@ -329,12 +338,14 @@ def _small_kernels(layer: nn.Conv2d, w: torch.Tensor, b: torch.Tensor, m: Moment
         bias = _corrected(w, b, fitted, m.mean)
 
         def build(
-            theta: torch.Tensor = theta, bias: torch.Tensor = bias, k: int = k, padding: tuple[int, ...] = padding
+            theta: torch.Tensor = theta,
+            bias: torch.Tensor = bias,
+            size: tuple[int, ...] = size,
+            less: tuple[int, ...] = less,
         ) -> nn.Module:
-            channels, stride = (layer.in_channels, layer.out_channels), layer.stride
-            conv = nn.Conv2d(*channels, k, stride, padding, layer.dilation)  # type: ignore[arg-type]
+            channels = (layer.in_channels, layer.out_channels)
+            conv = type(layer)(*channels, size, layer.stride, less, layer.dilation)  # type: ignore[arg-type]
             return _set(conv, theta, bias, layer.weight)
 
-        yield Candidate(
-            "small kernel", f"{k}×{k} for {kh}×{kw}", fitted, bias, theta.numel(), theta.numel() + len(b), build
-        )
+        detail = f"{'×'.join(map(str, size))} for {'×'.join(map(str, whole))}"
+        yield Candidate("small kernel", detail, fitted, bias, theta.numel(), theta.numel() + len(b), build)

@@ -218,6 +218,8 @@ def _approximate(arguments: argparse.Namespace) -> int:
         _write_result(arguments, result, source, report)
     if arguments.plot and report.verification["pareto"]:
         plot(report, arguments.plot, objective=arguments.objective)
+    elif arguments.plot:
+        log.warning("no picture was written: no layer had a cheaper fit, the report says why")
     _show(report, arguments)
     return OK
 

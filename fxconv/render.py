@@ -66,11 +66,40 @@ def to_table(report: Report, verbose: bool = False) -> str:
     if report.barriers:
         parts.append(_barriers(report, verbose))
     parts += [f"advice: {r.where}: {r.reason}" if r.where else f"advice: {r.reason}" for r in report.advice]
+    parts.append(_pareto(report, verbose))
     parts.append(_costs(report))
     parts.append(verdict(report))
     if verbose and report.timings:
         parts.append("fxconv took " + ", ".join(f"{k} {seconds(v)}" for k, v in report.timings.items()))
     return "\n\n".join(p for p in parts if p)
+
+
+_PARETO = ["layer", "fit", "multiply-adds", "parameters", "error", ""]
+
+
+def _pareto_rows(report: Report) -> list[list[str]]:
+    """What `approximate` fitted to each layer and nothing cheaper beats, cheapest first."""
+    return [
+        [
+            str(r["layer"]),
+            f"{r['family']}, {r['detail']}",
+            f"{number(r['macs'])} of {number(r['macs_before'])}",
+            f"{number(r['params'])} of {number(r['params_before'])}",
+            error(r["error"]),
+            "taken" if r["chosen"] else "",
+        ]
+        for r in report.verification.get("pareto", ())
+    ]
+
+
+def _pareto(report: Report, verbose: bool) -> str:
+    rows = _pareto_rows(report)
+    if not rows:
+        return ""
+    text = tabulate(rows[: None if verbose else GROUPS], headers=_PARETO, disable_numparse=True)
+    more = len(rows) - GROUPS
+    hidden = f"\n… and {more} more (--verbose shows every one)" if more > 0 and not verbose else ""
+    return _section("fits that nothing cheaper beats (error of the layer's output)", len(rows), text + hidden)
 
 
 def verdict(report: Report) -> str:
@@ -112,8 +141,10 @@ def _costs(report: Report) -> str:
             ("launches", b.launches, a.launches),
             ("bytes moved", b.bytes, a.bytes),
         )
+        if x or y or label != "bytes moved"
     ]
-    rows.append(["predicted time", seconds(b.seconds), seconds(a.seconds), change(b.seconds, a.seconds)])
+    if b.seconds or a.seconds:  # `approximate` predicts none
+        rows.append(["predicted time", seconds(b.seconds), seconds(a.seconds), change(b.seconds, a.seconds)])
     m = report.measured
     if m:
         rows.append(["measured time", seconds(m["before_s"]), seconds(m["after_s"]), _speed(m)])
@@ -271,6 +302,7 @@ def to_html(report: Report) -> str:
             ],
         )
     )
+    body.append(_html_table("Fits that nothing cheaper beats", _PARETO, _pareto_rows(report)))
     headers = ["kind", "where", "law", "reason", "would fire if"]
     body.append(_html_table("Not rewritten", headers, [list(dataclasses.astuple(r)) for r in report.missed]))
     body.append(_html_table("Advice", headers, [list(dataclasses.astuple(r)) for r in report.advice]))

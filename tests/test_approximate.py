@@ -71,7 +71,10 @@ def test_digits(trained: tuple[nn.Module, Batches, torch.Tensor, torch.Tensor], 
         assert result(x).shape == model(x).shape
     assert float(error) <= budget * 1.01 and report.verification["error"] <= budget
     assert not report.verified and {r.exactness for r in report.rewrites} == {"approximate"}
-    assert "approximate" in report.to_table()
+    table = report.to_table(verbose=True)
+    assert "approximate" in table and "0 s" not in table
+    for r in pareto(result):
+        assert r["detail"].split(",")[0] in table and r["detail"].split(",")[0] in report.to_html()
     assert all(r["error"] >= 0 and r["macs"] < r["macs_before"] for r in pareto(result))
     assert sum(r["chosen"] for r in pareto(result)) == len(report.rewrites)
     plot(result, tmp_path / "pareto.png")
@@ -145,6 +148,55 @@ def test_a_layer_that_has_the_form_is_found(family: str) -> None:
     assert best < 1e-6
 
 
+CONVOLUTIONS = {
+    "5×5": (nn.Conv2d(3, 4, 5, padding=2, stride=2, dilation=1), (3, 12, 10), (3, 3)),
+    "4×4": (nn.Conv2d(3, 4, 4, padding=3, dilation=2), (3, 12, 10), (2, 2)),
+    "1×7": (nn.Conv2d(3, 4, (1, 7), padding=(0, 3)), (3, 6, 10), (1, 3)),
+    "sequence": (nn.Conv1d(3, 4, 7, padding=3, stride=2), (3, 21), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_kernel_with_dead_taps_around_it_becomes_small(name: str) -> None:
+    layer, shape, kept = CONVOLUTIONS[name]
+    layer = layer.double()
+    with torch.no_grad():
+        live = torch.zeros_like(layer.weight)
+        live[(..., *(slice((n - k) // 2, (n + k) // 2) for n, k in zip(layer.kernel_size, kept, strict=True)))] = 1
+        layer.weight.mul_(live)
+    model = nn.Sequential(layer).eval()
+    batches = list(torch.randn(64, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).split(8))
+    result = fxconv.approximate(model, calibration=batches, max_error=1e-6)
+    (rewrite,) = fxconv.report(result).rewrites
+    assert "small kernel" in rewrite.laws[0] and result[0].kernel_size == kept
+    with torch.no_grad():
+        torch.testing.assert_close(result(batches[0]), model(batches[0]), rtol=1e-6, atol=1e-6)
+
+
+class Twice(nn.Module):
+    """A layer with two names, called twice, in a model of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(24, 24)
+        self.b = self.a
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).tanh()) + y
+
+
+def test_a_layer_in_two_places_is_replaced_in_both() -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    batches = [(torch.randn(16, 24), torch.randn(16, 24)) for _ in range(8)]
+    result = fxconv.approximate(model, calibration=batches, max_error=0.9)
+    report = fxconv.report(result)
+    assert len(report.rewrites) == 1 and result.a is result.b and not isinstance(result.a, nn.Linear)
+    assert report.cost_before.macs == 2 * 24 * 24 and report.cost_before.launches == 1
+    single = fxconv.approximate(model, calibration=[tuple(torch.cat(part) for part in zip(*batches, strict=True))], max_error=0.9)
+    assert fxconv.report(single).rewrites
+
+
 def test_misuse() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(fxconv.TrainingModeError):
@@ -152,6 +204,8 @@ def test_misuse() -> None:
     model.eval()
     with pytest.raises(fxconv.ArgsError, match="empty"):
         fxconv.approximate(model, calibration=[])
+    with pytest.raises(fxconv.ArgsError, match="wants 2 inputs"):
+        fxconv.approximate(Twice().eval(), calibration=[torch.randn(8, 24)])
     with pytest.raises(fxconv.ArgsError, match="positive"):
         fxconv.approximate(model, calibration=[torch.randn(8, 4)], max_error=0)
     with pytest.raises(fxconv.ArgsError, match="no layer"):
