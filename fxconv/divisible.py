@@ -108,7 +108,7 @@ def rewritten(size: Size, facts: list[Fact]) -> Size:
         if isinstance(b, FloorDiv):  # n // (m·q) is (n // m) // q
             n, m = b.args
             nested = [f for f in e.atoms(FloorDiv) if f.args[0] == n and f.args[1].has(part)]
-            e = e.xreplace({f: FloorDiv(b, f.args[1] / m) for f in nested if (f.args[1] / m).is_integer})
+            e = e.xreplace({f: FloorDiv(k * part, f.args[1] / m) for f in nested if (f.args[1] / m).is_integer})
         size = as_size(e.xreplace({b: k * part}).xreplace({part: floor}))
         if is_static(size):
             break

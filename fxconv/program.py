@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,6 +246,15 @@ def _inline_blocks(gm: fx.GraphModule) -> None:
 # ----------------------------------------------------------------- back to an ExportedProgram
 
 
+def still_held(layout: Layout, reads: Collection[str], source: fx.GraphModule) -> list[str]:
+    """The names of the state that a rewritten graph keeps: those that it reads, and those of which the captured graph
+    read nothing. A tensor of several names is read under any of them."""
+    tensors = {name: id(attribute(source, name)) for name in layout.state}
+    now = {tensors[name] for name in reads if name in tensors}
+    before = {tensors[name] for name in layout.used if name in tensors}
+    return [name for name in layout.state if name in reads or tensors[name] in now or tensors[name] not in before]
+
+
 def relift(
     gm: fx.GraphModule, program: ExportedProgram, source: fx.GraphModule, layout: Layout
 ) -> ExportedProgram:
@@ -266,7 +276,7 @@ def relift(
     for node in gm.graph.nodes:
         if node.op == "get_attr" and not isinstance(attribute(gm, str(node.target)), nn.Module):
             reads.setdefault(str(node.target), []).append(node)
-    kept = [name for name in layout.state if name in reads or name not in layout.used]
+    kept = still_held(layout, reads, source)
     added = [name for name in reads if name not in layout.state]
     for group in (_parameters, _buffers, _others):
         for name in [*kept, *added]:

@@ -17,7 +17,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxconv.errors import TrainingModeError
-from fxconv.program import Layout, set_attribute
+from fxconv.program import Layout, set_attribute, still_held
 from fxconv.shapes import SizeCheck, insert_checks
 from fxconv.spelling_common import attribute
 
@@ -202,11 +202,10 @@ def finish(
     root = nn.Module()
     reads = list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")))
     if layout is not None:
-        for attribute_name in layout.state:
-            if attribute_name in reads or attribute_name not in layout.used:
-                owner = gm if attribute_name in reads else source
-                persistent = attribute_name not in layout.tensors | layout.non_persistent
-                set_attribute(root, attribute_name, attribute(owner, attribute_name), persistent)
+        for attribute_name in still_held(layout, reads, source):
+            owner = gm if attribute_name in reads else source
+            persistent = attribute_name not in layout.tensors | layout.non_persistent
+            set_attribute(root, attribute_name, attribute(owner, attribute_name), persistent)
     else:
         order = {module_name: i for i, (module_name, _) in enumerate(source.named_modules())}
         reads.sort(key=lambda target: order.get(target, len(order)))

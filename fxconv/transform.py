@@ -243,11 +243,11 @@ def _lap(timings: dict[str, float], name: str, since: float) -> float:
 
 
 def _laws(options: Options) -> list[Law]:
-    from fxconv.passes import LAWS, densify
+    from fxconv.passes import LAWS, densify, full_length
 
     laws = list(options.laws) if options.laws is not None else list(LAWS)
     if options.target == "linear":
-        laws.insert(-1, densify.law)
+        laws[-1:-1] = [full_length.law, densify.law]
     options.check_laws([law.name for law in laws])
     if options.trainable:
         laws = [law for law in laws if law.name in TRAINABLE_LAWS]

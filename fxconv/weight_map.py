@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KEY = "_fxconv_weights"
 
-TRAINABLE_LAWS = ("restate",)
+TRAINABLE_LAWS = ("restate", "full length")
 """Laws that never mix weights."""
 
 
@@ -75,11 +75,13 @@ class WeightMap:
         entries: one per parameter that fxconv made.
         original: names in the original's state dict.
         result: names in the result's.
+        tied: names of the original that stand for one tensor.
     """
 
     entries: tuple[Entry, ...]
     original: tuple[str, ...]
     result: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -104,6 +106,9 @@ class WeightMap:
         """
         self._check(checkpoint, [e.name for e in self.entries])
         made = {e.source: e.backward(checkpoint[e.name]).contiguous() for e in self.entries}
+        for names in self.tied:
+            found = [made[n] for n in names if n in made]
+            made.update(dict.fromkeys(names, found[0]) if found else {})
         return {n: made[n] if n in made else checkpoint[n] for n in self.original if n in made or n in checkpoint}
 
     def _check(self, checkpoint: Mapping[str, torch.Tensor], needed: list[str]) -> None:
@@ -145,12 +150,16 @@ def record_weights(model: Any, result: Any, emitted: Emitted) -> None:
             made[id(value)] = k, value
     tensors = result.state_dict(keep_vars=True) if isinstance(result, nn.Module) else result.state_dict
     entries = [entry(name, made[id(t)][0]) for name, t in tensors.items() if id(t) in made]
-    names = model.state_dict if not isinstance(model, nn.Module) else model.state_dict()
+    names = model.state_dict if not isinstance(model, nn.Module) else model.state_dict(keep_vars=True)
+    same: dict[int, list[str]] = {}
+    for name, value in names.items():
+        same.setdefault(id(value), []).append(name)
     holder = result if isinstance(result, nn.Module) else result.graph_module
     holder.__dict__[KEY] = {
         "entries": [(e.name, e.source, e.shape, e.steps) for e in entries],
         "original": tuple(names),
         "result": tuple(tensors),
+        "tied": tuple(tuple(group) for group in same.values() if len(group) > 1),
     }
 
 
@@ -173,7 +182,7 @@ def weight_map(result: Any) -> WeightMap:
             f"this {type(result).__name__} carries no weight map: give what fxconv.transform returned (a saved and "
             "reloaded program has lost it)"
         )
-    return WeightMap(tuple(Entry(*e) for e in data["entries"]), tuple(data["original"]), tuple(data["result"]))
+    return WeightMap(tuple(Entry(*e) for e in data["entries"]), tuple(data["original"]), tuple(data["result"]), tuple(data["tied"]))
 
 
 def reversible(emitted: Emitted, names: list[str]) -> bool:

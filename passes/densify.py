@@ -20,6 +20,7 @@ from fxconv.axes import Size, is_static
 from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, Window, is_selection, kernel_shape, role_size
 from fxconv.law import Context, Law, Outcome, Refusal
 from fxconv.normal_form import normal
+from fxconv.passes.full_length import weights_order
 from fxconv.window import affine_pairs
 
 MOST = 2**26
@@ -49,6 +50,8 @@ def _densify(v: Value, context: Context) -> Iterator[Outcome]:
     if entries > MOST:
         yield Refusal(f"as a Linear it has {entries} weights, more than 2**26", "the image were smaller")
         return
+    if weights_order(m) is not None:
+        return  # `full_length` has it, and keeps the weights
     k = kernels.derive(shape, ("densify", m.roles, m.x.sizes), (m.kernel,), lambda: matrix(m))
     yield normal(m.x, roles, k)
 

@@ -26,6 +26,18 @@ class Patches(nn.Module):
         return self.embed(x)
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).tanh())
+
+
 def vgg() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -45,6 +57,13 @@ CASES = {
         (2, 3, 9),
         "conv2d",
     ),
+    "full_length": (lambda: nn.Sequential(nn.Conv1d(3, 5, 9), nn.Flatten(), nn.Tanh()), (2, 3, 9), "linear"),
+    "full_kernel": (lambda: nn.Sequential(nn.Conv2d(3, 5, (4, 6)), nn.Tanh()), (2, 3, 4, 6), "linear"),
+    "patch_embedding": (lambda: nn.Sequential(nn.Conv2d(3, 5, 4, stride=4), nn.Tanh()), (2, 3, 8, 12), "linear"),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh()), (2, 4, 9), "conv2d",
+    ),
+    "tied": (lambda: Tied(), (4, 6), "conv"),
     "full": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), (4, 6), "conv"),
 }
 
@@ -78,12 +97,16 @@ def test_a_training_step_is_the_same(name: str) -> None:
     for side in (model, result):
         side.requires_grad_(True)
         side(x).square().sum().backward()
-    grads = weights.to_original({n: p.grad for n, p in result.named_parameters()})
+    grads = weights.to_original({n: p.grad for n, p in result.named_parameters() if p.grad is not None})
     for key, p in model.named_parameters():
         torch.testing.assert_close(grads[key], p.grad, rtol=1e-10, atol=1e-10)
     for side in (model, result):
         torch.optim.SGD(side.parameters(), lr=1e-3).step()
     torch.testing.assert_close(result(x), model(x), rtol=1e-10, atol=1e-10)
+    tuned = weights.to_original(result.state_dict())
+    assert set(tuned) == set(model.state_dict())
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(tuned[key], value, rtol=1e-10, atol=1e-10)
 
 
 def test_a_checkpoint_of_the_original_survives_pickling() -> None:

@@ -1,0 +1,82 @@
+"""What views say of sizes: patches become strided convolutions at every size that the model runs at."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from helpers import check, draw, randomise
+from torch import Tensor, nn
+from torch.utils._sympy.functions import FloorDiv
+
+import fxconv
+from fxconv.divisible import divisors_said, rewritten
+
+H, W, N = (sympy.Symbol(s, integer=True, positive=True) for s in "hwn")
+
+
+def over(a: sympy.Expr, b: int) -> sympy.Expr:
+    return FloorDiv(a, b)
+
+
+SAID = [
+    ([N, 3, H, W], [N, 3, over(H, 4), 4, over(W, 4), 4], {(H, 4), (W, 4)}),
+    ([N, 3, H, W], [N, 3, over(H, 4), 4, over(W, 2), 2], {(H, 4), (W, 2)}),
+    ([N, 3, over(H, 2), 8], [N, 3, over(H, 8), 4, 8], {(over(H, 2), 4)}),
+    ([N, H, 6], [N, H, 2, 3], set()),
+    ([N, H, W], [N, H * W], set()),
+    ([N, H, W], [N, over(H, 4), 4, over(W, 4), 8], set()),  # 4·8 is no product of the divisors
+    ([H], [over(H, 3), 2], set()),
+]
+
+
+@pytest.mark.parametrize("before, after, facts", SAID)
+def test_divisors_said(before: list[sympy.Expr], after: list[sympy.Expr], facts: set[tuple[sympy.Expr, int]]) -> None:
+    assert set(divisors_said(before, after)) == facts
+
+
+def test_sizes_as_multiples() -> None:
+    facts = [(H, 4)]
+    assert rewritten(H, facts) == 4 * over(H, 4) and rewritten(W, facts) == W and rewritten(7, facts) == 7
+    assert rewritten(FloorDiv(H, FloorDiv(H, 4)), facts) == 4
+    assert rewritten(FloorDiv(H, 8), facts).subs(H, 24) == 3
+    assert rewritten(FloorDiv(H, 2 * FloorDiv(H, 8)), [(over(H, 2), 4)]) == 4
+
+
+class Patches(nn.Module):
+    """A Linear on patches, whose sizes the forward computes."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling, self.embed = spelling, nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if self.spelling == "unshuffle":
+            return self.embed(F.pixel_unshuffle(x, 4).permute(0, 2, 3, 1))
+        if self.spelling == "windows":
+            x = x.permute(0, 2, 3, 1).reshape(n, h // 4, 4, w // 4, 4, c)
+            return self.embed(x.permute(0, 1, 3, 2, 4, 5).reshape(-1, 16 * c))
+        x = x.reshape(n, c, h // 4, 4, w // 4, 4)
+        if self.spelling == "channels_last":
+            return self.embed(x.permute(0, 2, 4, 3, 5, 1).flatten(3))
+        if self.spelling == "rest":
+            return self.embed(x.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * 16))
+        return self.embed(x.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // 4) * (w // 4), c * 16))
+
+
+@pytest.mark.parametrize("spelling", ["plain", "channels_last", "rest", "windows", "unshuffle"])
+def test_patches_of_any_size(spelling: str) -> None:
+    check(randomise(Patches(spelling)), draw((2, 3, 8, 12)), target="conv2d", ops={"conv": 1, "linear": 0})
+
+
+def test_a_program_keeps_its_sizes() -> None:
+    auto = torch.export.Dim.AUTO
+    model, x = randomise(Patches("plain")).double(), draw((2, 3, 8, 12))
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    result = fxconv.transform(program, (x,), target="conv")
+    assert fxconv.report(result).verified
+    assert "conv2d" in str(result.graph) and "linear" not in str(result.graph)
+    for shape in ((1, 3, 16, 8), (3, 3, 8, 20)):
+        torch.testing.assert_close(result.module()(draw(shape)), model(draw(shape)))
