@@ -232,9 +232,9 @@ def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         flat = 2 - len(module.kernel_size)  # a sequence is an image of height 1
         x = x if x.dim() == 4 - flat else x[None]
         x = x.unsqueeze(2) if flat else x
-        size, dilation, stride = ((1,) * flat + v for v in (module.kernel_size, module.dilation, module.stride))
-        padding = (0,) * flat + tuple(module.padding)  # type: ignore[arg-type]
-        patches = F.unfold(x, size, dilation, padding, stride)
+        ones, none = (1,) * flat, (0,) * flat
+        size, dilation, stride = ones + module.kernel_size, ones + module.dilation, ones + module.stride
+        patches = F.unfold(x, size, dilation, (*none, *map(int, module.padding)), stride)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
     return x.reshape(-1, x.shape[-1])
 

@@ -330,7 +330,8 @@ def _small_kernels(layer: nn.Conv1d | nn.Conv2d, w: torch.Tensor, b: torch.Tenso
         if max(size) != most or min(size) < 1 or min(less) < 0:
             continue
         grid = torch.arange(w.shape[1], device=w.device).reshape(layer.in_channels, *whole)
-        index = grid[(slice(None), *(slice(c, c + k) for c, k in zip(cut, size, strict=True)))].reshape(-1)
+        middle = (slice(None), *(slice(c, c + k) for c, k in zip(cut, size, strict=True)))
+        index = grid[middle].reshape(-1)
         cov = m.covariance
         theta = _solve(cov[index[:, None], index], w @ cov[:, index])
         fitted = torch.zeros_like(w)

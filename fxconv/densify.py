@@ -248,9 +248,9 @@ class _Slider:
             flat = not (len(node.args) > 2 and node.args[2])
             self._adaptive(node, source, grid, (1,) * self.nd, flat=flat, maximum=True)
         elif target.startswith("adaptive_max_pool") and not self._indices_read(node):
-            size = node.args[1]
-            wanted = (size,) * self.nd if isinstance(size, int) else tuple(size)  # type: ignore[arg-type]
-            self._adaptive(node, source, grid, wanted, maximum=True)  # type: ignore[arg-type]
+            size: Any = node.args[1]
+            wanted = (size,) * self.nd if isinstance(size, int) else tuple(size)
+            self._adaptive(node, source, grid, wanted, maximum=True)
         elif target == "max_pool2d_with_indices" or not op.reason:
             raise self._refuse(node, f"'{target}'")
         else:

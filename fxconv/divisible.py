@@ -134,4 +134,7 @@ def _symint(value: Any, facts: list[Fact]) -> Any:
     new = rewritten(as_size(expr), facts)
     if is_static(new):
         return new
-    return value if new == expr else value.node.shape_env.create_symintnode(new, hint=value.node.hint)
+    if new == expr:
+        return value
+    node: Any = value.node
+    return node.shape_env.create_symintnode(new, hint=node.hint)

@@ -277,7 +277,7 @@ def toeplitz_sets(w: torch.Tensor, axes: list[Axis], most: int = 3) -> list[tupl
         block = (a.row * a.m, a.column * a.n)
         if block not in inner or share[a] < share[inner[block]]:
             inner[block] = a
-    prices = {(a,): share[a] for a in axes}
+    prices: dict[tuple[Axis, ...], float] = {(a,): share[a] for a in axes}
     for a in axes:
         for (rows, columns), b in inner.items():
             if a.row % rows == 0 and a.column % columns == 0:

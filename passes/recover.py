@@ -17,7 +17,7 @@ stored weight in its own dtype. Composed kernels are looked at where they are sm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -72,9 +72,19 @@ def _structures(m: Map) -> tuple[Build, ...]:
     return found
 
 
-def _structured(v: Value) -> int:
-    """How many structures v's kernel has."""
-    return len(_structures(v.node)) if isinstance(v.node, Map) else 0
+def _structured(v: Value) -> Hashable:
+    """Which structures v's kernel has, and of which sizes: all that the price of what comes of them depends on."""
+    return tuple(map(_summary, _structures(v.node))) if isinstance(v.node, Map) else ()
+
+
+def _summary(x: object) -> Hashable:
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape)
+    if isinstance(x, partial):
+        return (x.func.__name__, *((k, _summary(value)) for k, value in sorted(x.keywords.items())))
+    if isinstance(x, (structures.Taps, structures.Factors)):
+        return tuple(_summary(value) for value in vars(x).values())
+    return x
 
 
 def _with_bias(s: Sum, context: Context) -> Iterator[Outcome]:
@@ -402,13 +412,13 @@ def _separable(m: Map, w: torch.Tensor, windows: list[int]) -> Iterator[Build]:
     if not m.contracted and all(not isinstance(r, New) for r in m.roles):
         k = w.permute(_order(m, [*groups, a, b])).reshape(-1, ta, tb)
         u, s, vh = torch.linalg.svd(k.double(), full_matrices=False)
-        if bool((s[:, 1:2] > 1e-5 * s[:, :1]).any()):
+        if bool((s[:, 1:2] > 64 * torch.finfo(w.dtype).eps * s[:, :1]).any()):
             return
         left, right = u[:, :, :1] * s[:, :1, None].sqrt(), vh[:, :1] * s[:, :1, None].sqrt()
         error = (left @ right - k.double()).abs()
         exact = bool((error <= 1e-15 * k.double().abs().amax((1, 2), keepdim=True) * 4).all())
         near = (left, right) if exact or w.dtype == torch.float64 else structures.within_half_ulp(k, left, right)
-        if exact or near is not None and w.dtype != torch.float64:
+        if near is not None and (exact or w.dtype != torch.float64):
             left, right = near
             yield partial(_two_windows, a=a, b=b, left=left[..., 0], right=right[:, 0], rank=None, exact=exact)
         return
