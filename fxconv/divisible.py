@@ -3,7 +3,8 @@
 ``x.reshape(n, c, h // 4, 4, w // 4, 4)`` has as many entries as ``x``, or the model raises; neither ``4·(h // 4)`` nor
 ``4·(w // 4)`` is more than what it stands for, so both are equal to it. Nothing in the captured sizes says so: there h is
 h, and the 4 behind a view is ``h // (h // 4)``. `assume_divisible` writes the sizes of a captured graph with ``4·(h // 4)``
-for h. The graph itself stays; what comes of it is right wherever the model runs.
+for h. The graph itself stays; what comes of it is right wherever the model runs, and checks that it does: the view that
+would have raised may be gone.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from fxconv.axes import Size, as_size, is_static, product, shape_of
+from fxconv.shapes import SizeCheck
 from fxconv.spelling import Op, canonical
 
 Fact = tuple[sympy.Expr, int]
 """A size, and what divides it."""
 
 
-def assume_divisible(gm: fx.GraphModule) -> None:
-    """Write the sizes in ``meta["val"]`` as multiples of what the graph's views divide them by."""
+def assume_divisible(gm: fx.GraphModule) -> list[SizeCheck]:
+    """Write the sizes in ``meta["val"]`` as multiples of what the graph's views divide them by; returns what was assumed."""
     facts: list[Fact] = []
+    places = _places(gm)
     for node in gm.graph.nodes:
         if not node.op.startswith("call_") or not _may_divide(node):
             continue
@@ -43,10 +46,29 @@ def assume_divisible(gm: fx.GraphModule) -> None:
         elif op.attrs.get("shape") is not None and (written := _written(op.attrs["shape"])) is not None:
             facts += divisors_said(before, [rewritten(s, facts) for s in written])
     if not facts:
-        return
+        return []
     for node in gm.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(lambda v: _as_multiples(v, facts), node.meta["val"])
+    return [_check(*fact, places) for fact in dict.fromkeys(facts) if fact[0].free_symbols <= places.keys()]
+
+
+def _places(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[str, int]]:
+    """The (placeholder, dim) that every symbol is the size of."""
+    found: dict[sympy.Symbol, tuple[str, int]] = {}
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(shape_of(value)):
+                if isinstance(size, sympy.Symbol):
+                    found.setdefault(size, (node.name, dim))
+    return found
+
+
+def _check(size: sympy.Expr, k: int, places: dict[sympy.Symbol, tuple[str, int]]) -> SizeCheck:
+    named = tuple((s, *places[s]) for s in sorted(size.free_symbols, key=str))
+    readable = ", ".join(f"{s} = dim {dim} of {name}" for s, name, dim in named)
+    return SizeCheck(sympy.Eq(Mod(size, k), 0), named, f"{size} must be a multiple of {k} ({readable}): the model divides it into {k}")
 
 
 def _may_divide(node: fx.Node) -> bool:

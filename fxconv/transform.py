@@ -167,7 +167,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     """
     timings: dict[str, float] = {}
     clock = time.perf_counter()
-    assume_divisible(captured.gm)
+    assumed = assume_divisible(captured.gm)
     lifter = Lifter(captured.gm, {**captured.barriers, **_left_alone(captured.gm, options, where)})
     lifter.run()
     clock = _lap(timings, "lift", clock)
@@ -186,6 +186,8 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     kernels.forget()
     clock = _lap(timings, "search", clock)
     outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
+    if outcome.emitted.clusters:
+        captured.checks += assumed
     if options.trainable:
         _keep_reversible(outcome)
     _refuse_unfit(outcome)

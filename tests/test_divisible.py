@@ -80,3 +80,15 @@ def test_a_program_keeps_its_sizes() -> None:
     assert "conv2d" in str(result.graph) and "linear" not in str(result.graph)
     for shape in ((1, 3, 16, 8), (3, 3, 8, 20)):
         torch.testing.assert_close(result.module()(draw(shape)), model(draw(shape)))
+
+
+@pytest.mark.parametrize("spelling", ["plain", "unshuffle"])
+@pytest.mark.parametrize("shape", [(1, 3, 10, 12), (1, 3, 8, 13)])
+def test_sizes_that_the_model_refuses_are_refused(spelling: str, shape: tuple[int, ...]) -> None:
+    """The convolution would take them, and drop what is left over."""
+    model, x = randomise(Patches(spelling)).eval(), draw((2, 3, 8, 12), dtype=torch.float32)
+    result = fxconv.transform(model, x, target="conv2d")
+    with pytest.raises(RuntimeError):
+        model(draw(shape, dtype=torch.float32))
+    with pytest.raises(AssertionError, match="must be a multiple of 4"):
+        result(draw(shape, dtype=torch.float32))
