@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 # A sympy expression where dynamic; sympy has no types to name it by.
 Size: TypeAlias = int | Any
@@ -52,7 +53,18 @@ def _symbolic_product(sizes: tuple[Size, ...]) -> Size:
 
 @lru_cache(maxsize=65536)
 def _expanded_difference_is_zero(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return bool(sympy.expand(a - b) == 0)
+    difference = sympy.expand(a - b)
+    if difference != 0 and difference.has(FloorDiv):
+        difference = sympy.expand(difference.replace(FloorDiv, _least_floor))
+    return bool(difference == 0)
+
+
+def _least_floor(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """``⌊a/b⌋`` with the constant in ``a`` brought between 0 and ``b``: ``⌊(s − 1)/2⌋ + 1`` is ``⌊(s + 1)/2⌋``."""
+    constant, rest = sympy.expand(a).as_coeff_Add()
+    if not (b.is_Integer and constant.is_Integer):
+        return FloorDiv(a, b)
+    return FloorDiv(rest + constant % b, b) + constant // b
 
 
 def same(a: Size, b: Size) -> bool:
@@ -81,7 +93,7 @@ def quotient(a: Size, b: Size) -> Size | None:
         return a // b if b and a % b == 0 else None
     if isinstance(a, int):
         return None
-    return _quotient(a, sympy.sympify(b))
+    return 1 if same(a, b) else _quotient(a, sympy.sympify(b))
 
 
 def evaluate(size: Size, symbols: Mapping[sympy.Symbol, int]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fxconv import kernel as kernels
 from fxconv.algebra import compose, regroup
@@ -21,11 +22,12 @@ from fxconv.expr import (
     Window,
     identity_map,
     is_selection,
+    role_size,
     split_view,
 )
 from fxconv.kernel import Kernel
 from fxconv.normal_form import normal
-from fxconv.raw import Raw, Splits, as_value, raw, refine
+from fxconv.raw import Raw, Splits, as_value, banded, raw, refine
 from fxconv.window import Filter
 
 
@@ -45,29 +47,45 @@ class Branch:
     out_splits: Splits
 
 
-def as_branch(t: Value) -> Iterator[Branch]:
-    """The ways to read a value as a branch: as a map of its operand, of what that is a slice of, and as itself."""
+Reading = tuple[Value, Callable[[], Branch | None]]
+"""The base that a value would be read as a branch of, and the branch."""
+
+
+def readings(t: Value) -> Iterator[Reading]:
+    """The ways to read a value as a branch: as a map of its operand, of what selections lead to, and as itself.
+
+    Maps of disjoint slices of one value are column blocks of one map, and a padded or cropped map is a map. The branches are
+    worked out when they are asked for: most bases have one only.
+    """
     outer = t.node if isinstance(t.node, View) else None
     inner = outer.x if outer is not None else t
     if isinstance(inner.node, Map):
-        found = _branch(inner.node, outer)
-        if found is not None:
-            yield found
-        if _reads_slice(inner.node):
-            # Maps of disjoint slices of one value are column blocks of one map.
-            whole = compose(inner.node, inner.node.x.node)  # type: ignore[arg-type]
-            found = _branch(whole.node, outer) if not isinstance(whole, str) and isinstance(whole.node, Map) else None
-            if found is not None:
-                yield found
-    own = _branch(identity_map(inner), outer)
-    if own is not None:
-        yield own
+        maps, x = (inner.node,), inner.node.x
+        yield _viewed(x), partial(_branch, inner.node, outer)
+        while isinstance(x.node, Map) and (is_selection(maps[-1]) or is_selection(x.node)):
+            maps, x = (*maps, x.node), x.node.x
+            yield _viewed(x), partial(_composed_branch, maps, outer)
+    yield _viewed(inner), partial(_branch, identity_map(inner), outer)
 
 
-def _reads_slice(m: Map) -> bool:
-    """Whether a map contracts the axis that its operand is a slice along."""
-    s = m.x.node
-    return isinstance(s, Map) and is_selection(s) and all(o in m.contracted for o, r in enumerate(s.roles) if isinstance(r, Window))
+def as_branch(t: Value) -> Branch | None:
+    """A value as a branch of what it is a map of, or else of itself."""
+    return next((branch for _, read in readings(t) if (branch := read()) is not None), None)
+
+
+def _viewed(x: Value) -> Value:
+    return x.node.x if isinstance(x.node, View) else x
+
+
+def _composed_branch(maps: Sequence[Map], outer: View | None) -> Branch | None:
+    """Maps in a row, the first one outermost, as one branch."""
+    m = maps[-1]
+    for before in reversed(maps[:-1]):
+        composed = compose(before, m)
+        if isinstance(composed, str) or not isinstance(composed.node, Map):
+            return None
+        m = composed.node
+    return _branch(m, outer)
 
 
 def _branch(m: Map, outer: View | None) -> Branch | None:
@@ -213,24 +231,24 @@ def unify(raws: Sequence[Raw]) -> tuple[tuple[Role, ...], list[Kernel]] | str:
                 if len(set(roles)) > 1:
                     return "resampling beside another branch"
             elif New in kinds and kinds != {New} or len(sources) > 1:
-                if Window in kinds:
-                    return "a window beside a contraction of the same axis"
                 dense.add(o)
         if not dense and len({m.contracted for m in raws}) > 1:
             every = {i for m in raws for i in m.contracted}
             for m in raws:
-                dense |= {o for o, r in enumerate(m.roles) if isinstance(r, (Kept, Shared)) and r.src in every}
-                if any(isinstance(r, (Window, Resample)) and r.src in every for r in m.roles):
-                    return "a window beside a contraction of the same axis"
+                dense |= {o for o, r in enumerate(m.roles) if isinstance(r, (Kept, Shared, Window)) and r.src in every}
+                if any(isinstance(r, Resample) and r.src in every for r in m.roles):
+                    return "resampling beside a contraction of the same axis"
             if not dense:
                 return "branches contract different axes"
         if not dense:
             break
         for n, m in enumerate(raws):
             for o in sorted(dense):
-                if isinstance(m.roles[o], (Kept, Shared)):
-                    if not is_static(m.in_sizes[m.roles[o].src]):  # type: ignore[union-attr]
-                        return f"an axis of dynamic size {m.in_sizes[m.roles[o].src]} beside a contraction"  # type: ignore[union-attr]
+                role = m.roles[o]
+                if isinstance(role, (Kept, Shared, Window)):
+                    size = m.in_sizes[role.src]
+                    if not is_static(size) or not is_static(role_size(role, m.in_sizes)):
+                        return f"an axis of dynamic size {size} beside a contraction"
                     m = densify(m, o)
             raws[n] = m
     roles_out: list[Role] = []
@@ -274,13 +292,17 @@ def share(m: Raw, o: int) -> Raw:
 
 
 def densify(m: Raw, o: int) -> Raw:
-    """A kept or shared slot as a contraction with a diagonal kernel."""
+    """A slot that is kept, shared or slid along as a contraction: with a diagonal, or a band of the window's taps, as kernel."""
     m = share(m, o)
     role = m.roles[o]
-    assert isinstance(role, Shared)
+    assert isinstance(role, (Shared, Window))
     axes = m.axes()
-    k = kernels.diagonal(m.kernel, axes.index(("out", o)))
-    roles = (*m.roles[:o], New(m.in_sizes[role.src]), *m.roles[o + 1 :])
+    at, size = axes.index(("out", o)), role_size(role, m.in_sizes)
+    if isinstance(role, Window):
+        k = banded(m.kernel, at, role.filter, int(m.in_sizes[role.src]), int(size))
+    else:
+        k = kernels.diagonal(m.kernel, at)
+    roles = (*m.roles[:o], New(size), *m.roles[o + 1 :])
     out = Raw(m.in_sizes, roles, k)
     # The new column axis is last; contracted slots come in ascending order.
     order = [axes.index(key) if key in axes else len(axes) for key in out.axes()]

@@ -24,8 +24,10 @@ def image(m: Map, between: View | None, t: Value) -> Value | str:
 
 
 def map_constant(m: Map, c: Const) -> Const | str:
-    """The value of a map at a constant; a constant stays one along windows that never read padding."""
+    """The value of a map at a constant; a constant stays one along windows that never read padding, and zero is zero."""
     r = raw(m)
+    if c.kernel.uniform == 0.0:
+        return Const(r.out_sizes, (False,) * len(r.roles), kernels.uniform((), 0.0))
     resampled = {
         o for o, role in enumerate(r.roles) if isinstance(role, Resample) and c.varies[role.src]
     }

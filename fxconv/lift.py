@@ -62,7 +62,7 @@ class Lifter:
             if self.constants.is_constant(node):
                 value = self.tensor_of(node)
                 if value is not None and value.is_floating_point():
-                    ref = self.constant(node)
+                    ref = self.filled(node) or self.constant(node)
             elif node.op != "placeholder":
                 op = canonical(node, self.gm, self.barrier_names)
                 if isinstance(op, Barrier):
@@ -136,6 +136,13 @@ class Lifter:
             k._facts.setdefault("native", attribute(constants.gm, path))
             k._facts.setdefault("path", path)
         return k
+
+    def filled(self, node: fx.Node) -> Ref | None:
+        """A constant whose entries are known to be the same, because the graph makes it so; else None."""
+        from fxconv.operators import lift_operator
+
+        op = canonical(node, self.gm, self.barrier_names) if node.op.startswith("call_") else None
+        return lift_operator(self, node, op) if isinstance(op, Op) and op.name == "full" else None
 
     def constant(self, operand: Operand) -> Ref:
         k = self.kernel(operand)

@@ -100,6 +100,19 @@ def _expand(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     return broadcast(lifter.ref(op.inputs[0]), out_shape(node))
 
 
+@rule("full")
+def _full(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
+    return filled(out_shape(node), op.attrs["value"])
+
+
+def filled(shape: tuple[Size, ...], value: float) -> Ref:
+    """A tensor whose entries are all the same."""
+    sizes = tuple(s for s in shape if s != 1)
+    count = iter(range(len(sizes)))
+    dims = tuple((next(count),) if s != 1 else () for s in shape)
+    return Ref(Value(Const(sizes, (False,) * len(sizes), kernels.uniform((), value))), dims)
+
+
 def broadcast(ref: Ref, shape: tuple[Size, ...]) -> Ref:
     """A tensor expanded to a shape: new slots along which the map is 1."""
     lead = len(shape) - len(ref.dims)

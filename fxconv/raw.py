@@ -12,6 +12,7 @@ from fxconv.axes import Size, common_refinement, is_static
 from fxconv.expr import Kept, Map, New, Node, Resample, Role, Shared, Value, Window, kernel_shape, role_size
 from fxconv.kernel import Kernel
 from fxconv.resample import matrix
+from fxconv.window import Filter, affine_pairs
 
 Splits = tuple[tuple[Size, ...], ...]
 
@@ -58,6 +59,31 @@ def moved(role: Role, src: int) -> Role:
     if isinstance(role, Resample):
         return Resample(src, role.kind, role.parameters, role.size)
     return role
+
+
+# -- Windows as matrices ----------------------------------------------------------------------------------------------
+
+
+def places(f: Filter, n_in: int, n_out: int) -> torch.Tensor:
+    """Which input entry each tap reads at each output: [taps, outputs, inputs], 1 where it does."""
+    table = torch.zeros(f.taps, n_out, n_in, dtype=torch.float64)
+    for t in range(f.taps):
+        pairs = affine_pairs(f.up, f.down, t * f.dilation - f.offset, n_out, n_in)
+        if pairs is not None:
+            outputs = torch.arange(pairs.y.start, pairs.y.stop, pairs.y.step)
+            table[t, outputs, torch.arange(pairs.i.start, pairs.i.stop, pairs.i.step)] = 1
+    return table
+
+
+def banded(k: Kernel, axis: int, f: Filter, n_in: int, n_out: int) -> Kernel:
+    """An axis of taps as one of outputs, and one of inputs that comes last."""
+    shape = (*k.shape[:axis], n_out, *k.shape[axis + 1 :], n_in)
+
+    def numbers() -> torch.Tensor:
+        taps = k.tensor()
+        return torch.tensordot(taps.movedim(axis, -1), places(f, n_in, n_out).to(taps.device), 1).movedim(-2, axis)
+
+    return kernels.derive(shape, ("banded", axis, f, n_in, n_out), (k,), numbers)
 
 
 # -- Refinement -------------------------------------------------------------------------------------------------------

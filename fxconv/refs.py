@@ -59,13 +59,18 @@ def make_map(x: Value, roles: Sequence[Role], kernel: Kernel) -> Value:
 
 
 def make_sum(terms: Sequence[Value]) -> Value:
-    """A sum; sums of constants are evaluated."""
+    """A sum; sums of constants are evaluated, and zero adds nothing."""
+    terms = [t for t in terms if not _is_zero(t)] or terms[:1]
     constants = [t for t in terms if isinstance(t.node, Const)]
     if len(constants) > 1:
         others = [t for t in terms if not isinstance(t.node, Const)]
         folded = add_constants([t.node for t in constants if isinstance(t.node, Const)])
         terms = [*others, Value(folded)]
     return terms[0] if len(terms) == 1 else Value(Sum(tuple(terms)))
+
+
+def _is_zero(t: Value) -> bool:
+    return isinstance(t.node, Const) and t.node.kernel.uniform == 0.0
 
 
 def add_constants(constants: Sequence[Const]) -> Const:

@@ -64,6 +64,7 @@ OPERATORS: Mapping[str, str] = {
     "reshape": "x; shape (as written, or None), bare_squeeze",
     "permute": "x; dims",
     "expand": "x; shape",
+    "full": "; value (of every entry; the shape is the result's)",
     "roll": "x; shifts, dims",
     "repeat": "x; counts",
     "repeat_interleave": "x; dim, count",

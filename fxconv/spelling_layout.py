@@ -413,6 +413,26 @@ def stack(c: Context, tensors: Any, dim: Any = 0, axis: Any = None) -> Op | Barr
     return c.make("stack", tensors, dim=dim + c.out.dim() if dim < 0 else dim)
 
 
+@spelling("zeros", "zeros_like", "new_zeros")
+def zeros(c: Context, *sizes: Any, **options: Any) -> Op:
+    return c.make("full", (), value=0.0)
+
+
+@spelling("ones", "ones_like", "new_ones")
+def ones(c: Context, *sizes: Any, **options: Any) -> Op:
+    return c.make("full", (), value=1.0)
+
+
+@spelling("full_like", "aten.full", "torch.full")
+def full(c: Context, input: Any, fill_value: Any, **options: Any) -> Op:
+    return c.make("full", (), value=float(c.number(fill_value)))
+
+
+@spelling("new_full")
+def new_full(c: Context, input: Any, size: Any, fill_value: Any, **options: Any) -> Op:
+    return full(c, input, fill_value)
+
+
 @spelling("roll")
 def roll(c: Context, input: Any, shifts: Any, dims: Any = ()) -> Op | Barrier:
     moved = dims if isinstance(dims, (list, tuple)) else (dims,)

@@ -22,6 +22,7 @@ from fxconv.passes import (
     homogeneity,
     merge_branches,
     merge_siblings,
+    rearrange,
     recover,
     restate,
 )
@@ -32,6 +33,7 @@ LAWS: tuple[Law, ...] = (
     drop_taps.law,
     flatten_sums.law,
     merge_branches.law,
+    rearrange.law,
     factor.law,
     absorb_constants.law,
     absorb_together.law,

@@ -45,7 +45,7 @@ def _readers(v: Value, context: Context) -> list[Value] | None:
     return list(found)
 
 
-def _through(m: Map, between: View | None, y: Value) -> Value | None:
+def through(m: Map, between: View | None, y: Value) -> Value | None:
     """A map of y as a map of what y reads, or None."""
     terms = y.node.terms if isinstance(y.node, Sum) else (y,)
     out: list[Value] = []
@@ -70,14 +70,14 @@ def _taken_in(u: Value, y: Value, known: Value) -> Value | None:
     """A reader of y that reads what y, known as another expression, reads instead; or None."""
     if isinstance(u.node, Map):
         found = mapped_operand(u)
-        return _through(found[0], found[1], known) if found is not None and found[2] is y else None
+        return through(found[0], found[1], known) if found is not None and found[2] is y else None
     if not isinstance(u.node, Sum):
         return None
     terms: list[Value] = []
     for t in u.node.terms:
         found = mapped_operand(t)
         if found is not None and found[2] is y:
-            new = _through(found[0], found[1], known)
+            new = through(found[0], found[1], known)
             if new is None:
                 return None
             terms += new.node.terms if isinstance(new.node, Sum) else (new,)

@@ -36,7 +36,7 @@ def _rows(v: Value, context: Context) -> Value | None:
         return make_sum(terms)
     if not isinstance(x.node, Map) or not x.node.contracted:
         return None
-    branch = next(as_branch(v), None)
+    branch = as_branch(v)
     if branch is None or branch.base is x:
         return None
     out = merge([branch])

@@ -21,7 +21,7 @@ from fxconv.expr import Kept, Map, New, Resample, Role, Shared, Value, Window, i
 from fxconv.law import Context, Law, Outcome, Refusal
 from fxconv.normal_form import normal
 from fxconv.passes.full_length import weights_order
-from fxconv.window import affine_pairs
+from fxconv.raw import places
 
 MOST = 2**26
 """Entries of the largest matrix: 256 MiB in float32."""
@@ -68,14 +68,7 @@ def matrix(m: Map) -> torch.Tensor:
             if isinstance(r, Shared):
                 k = torch.diag_embed(k.movedim(axis, -1))
             else:
-                place = torch.zeros(r.filter.taps, int(r.size), n, dtype=torch.float64, device=k.device)
-                f = r.filter
-                for t in range(f.taps):
-                    pairs = affine_pairs(f.up, f.down, t * f.dilation - f.offset, int(r.size), n)
-                    if pairs is not None:
-                        out = torch.arange(pairs.y.start, pairs.y.stop, pairs.y.step)
-                        place[t, out, torch.arange(pairs.i.start, pairs.i.stop, pairs.i.step)] = 1
-                k = torch.tensordot(k.movedim(axis, -1), place, 1)
+                k = torch.tensordot(k.movedim(axis, -1), places(r.filter, n, int(r.size)).to(k.device), 1)
             k = k.movedim(-2, axis)  # the input's axis stays last
             sources.append(r.src)
         axis += not isinstance(r, Kept)

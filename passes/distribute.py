@@ -11,11 +11,12 @@ far as it goes (through single-use sums, and below what makes tensors larger, su
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fxconv.algebra import join, meet
 from fxconv.constant_images import image, view_constant
-from fxconv.expr import Const, Map, Sum, Value, View, has_resample, is_selection, view
+from fxconv.expr import Const, Map, Sum, Value, View, Window, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
@@ -112,6 +113,28 @@ def _absorbs(t: Value, context: Context) -> bool:
     return context.uses(t) <= 1 and isinstance(t.node, (Map, Sum))
 
 
+def _column_blocks(m: Map, between: View | None, branches: list[Value]) -> int:
+    """How many branches are slices of a common value along an axis that the map contracts: column blocks of one map."""
+    read: Counter[Value] = Counter()
+    for t in branches:
+        if is_selection(t.node) and isinstance(t.node, Map) and _contracts(m, between, t.node):
+            x = t.node.x
+            while is_selection(x.node) and isinstance(x.node, Map):
+                x = x.node.x
+            read[x] += 1
+    return sum(n for n in read.values() if n > 1)
+
+
+def _contracts(m: Map, between: View | None, selection: Map) -> bool:
+    """Whether a map, after a view, contracts every axis along which its operand is a selection."""
+    summed = set(m.contracted)
+    if between is not None:
+        atoms = {a for s in summed for a in between.groups[s]}
+        slot_of = [o for o, split in enumerate(between.splits) for _ in split]
+        summed = {o for o in slot_of if all(a in atoms for a, slot in enumerate(slot_of) if slot == o)}
+    return all(o in summed for o, r in enumerate(selection.roles) if isinstance(r, Window))
+
+
 def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     found = mapped_operand(v)
     if found is None:
@@ -136,7 +159,7 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
         # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)
         yield make_sum([_plain(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
-    able = sum(_absorbs(t, context) for t in branches)
+    able = sum(_absorbs(t, context) for t in branches) or _column_blocks(m, between, branches)
     if not able or (not m.contracted and (2 * able < len(branches) or context.uses(x) > 1)):
         # Nothing to gain: M would be computed once per branch, and still read the same tensors; or next to a sum that is
         # computed anyway.

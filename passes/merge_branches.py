@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fxconv.branches import Branch, as_branch, merge
+from fxconv.branches import Reading, merge, readings
 from fxconv.expr import Const, Sum, Value
 from fxconv.law import Context, Law, Outcome, Refusal
 from fxconv.refs import make_sum
@@ -22,14 +22,18 @@ from fxconv.refs import make_sum
 def _merge(v: Value, context: Context) -> Iterator[Outcome]:
     if not isinstance(v.node, Sum):
         return
-    by_base: dict[Value, list[tuple[int, Branch]]] = {}
+    by_base: dict[Value, list[tuple[int, Reading]]] = {}
     for i, t in enumerate(v.node.terms):
         if isinstance(t.node, Const):
             continue
-        for branch in as_branch(t):
-            by_base.setdefault(branch.base, []).append((i, branch))
+        for reading in readings(t):
+            by_base.setdefault(reading[0], []).append((i, reading))
     seen: set[frozenset[int]] = set()
-    for found in by_base.values():
+    for candidates in by_base.values():
+        if len({i for i, _ in candidates}) < 2:
+            continue
+        read = [(i, branch) for i, (_, get) in candidates if (branch := get()) is not None]
+        found = list({i: (i, branch) for i, branch in reversed(read)}.values())[::-1]
         if len(found) < 2:
             continue
         result = merge([b for _, b in found])
