@@ -33,6 +33,7 @@ from fxconv.expr import (
     split_view,
     view,
 )
+from fxconv.kernel import Kernel
 from fxconv.normal_form import normal
 from fxconv.raw import Raw, Splits, as_value, densify_resampling, moved, raw, refine
 from fxconv.window import Cascade, Filter, affine_pairs, cascade
@@ -104,6 +105,9 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
     shape = kernel_shape(tuple(roles), inner.in_sizes)
     if not all(is_static(s) for s in shape):
         return f"the kernel would have a dynamic size: {shape}"
+    multiple = _multiple(outer, perm, inner)
+    if multiple is not None:
+        return Raw(inner.in_sizes, tuple(roles), multiple)
     spec = (outer.in_sizes, outer.roles, tuple(perm), inner.in_sizes, inner.roles)
     kernel = kernels.derive(
         shape,
@@ -113,6 +117,21 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
         uniform=_uniform_product(outer, inner, relations),
     )
     return Raw(inner.in_sizes, tuple(roles), kernel)
+
+
+def _multiple(outer: Raw, perm: Sequence[int], inner: Raw) -> Kernel | None:
+    """The kernel of a composition with a number, or None where neither map is one: the other's kernel times that number."""
+    if tuple(perm) != tuple(range(len(inner.roles))):
+        return None
+    for number, other in ((outer, inner), (inner, outer)):
+        if number.kernel.shape == () and number.kernel.uniform is not None and is_number(number.roles):
+            return kernels.scaled(other.kernel, number.kernel.uniform)
+    return None
+
+
+def is_number(roles: Sequence[Role]) -> bool:
+    """Whether a map with these roles, and a kernel without axes, multiplies all of its operand by one number."""
+    return all(isinstance(r, Kept) and r.src == o for o, r in enumerate(roles))
 
 
 def _uniform_product(outer: Raw, inner: Raw, relations: list[tuple[str, int, int, object]]) -> float | None:

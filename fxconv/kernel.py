@@ -140,6 +140,8 @@ def reshape(k: Kernel, shape: Sequence[Size]) -> Kernel:
         return k
     if k.uniform is not None:
         return uniform(shape, k.uniform)
+    if (multiple := multiple_of(k))[0] != 1.0:
+        return scaled(reshape(multiple[1], shape), multiple[0])
     return derive(shape, "reshape", (k,), lambda: k.tensor().reshape(tuple(int(s) for s in shape)))
 
 
@@ -150,6 +152,8 @@ def permute(k: Kernel, dims: Sequence[int]) -> Kernel:
     shape = tuple(k.shape[d] for d in dims)
     if k.uniform is not None:
         return uniform(shape, k.uniform)
+    if (multiple := multiple_of(k))[0] != 1.0:
+        return scaled(permute(multiple[1], dims), multiple[0])
     return derive(shape, ("permute", dims), (k,), lambda: k.tensor().permute(dims))
 
 
@@ -165,7 +169,16 @@ def scaled(k: Kernel, factor: float) -> Kernel:
         return k
     if k.uniform is not None:
         return uniform(k.shape, k.uniform * factor)
-    return derive(k.shape, ("scaled", factor), (k,), lambda: k.tensor() * factor)
+    before, k = multiple_of(k)
+    factor *= before
+    return derive(k.shape, ("scaled", factor), (k,), lambda: k.tensor() * factor) if factor != 1.0 else k
+
+
+def multiple_of(k: Kernel) -> tuple[float, Kernel]:
+    """A kernel as a number times another one; the number is 1 where it was not made as a multiple."""
+    if isinstance(k.spec, tuple) and k.spec and k.spec[0] == "scaled":
+        return k.spec[1], k.parents[0]
+    return 1.0, k
 
 
 def take(k: Kernel, dim: int, start: int, stop: int) -> Kernel:
@@ -216,7 +229,13 @@ def placed(k: Kernel, dim: int, size: int, start: int, step: int) -> Kernel:
 
 
 def add(kernels: Sequence[Kernel]) -> Kernel:
-    """The sum of kernels of equal shape."""
+    """The sum of kernels of equal shape; multiples of one kernel are added up as numbers, so that those that cancel are gone."""
+    factors: dict[Kernel, float] = {}
+    for k in kernels:
+        factor, of = multiple_of(k)
+        factors[of] = factors.get(of, 0.0) + factor
+    if len(factors) < len(kernels):
+        kernels = [scaled(k, factor) for k, factor in factors.items() if factor] or [uniform(kernels[0].shape, 0.0)]
 
     def thunk() -> torch.Tensor:
         total = kernels[0].tensor().clone()

@@ -65,7 +65,7 @@ def make_sum(terms: Sequence[Value]) -> Value:
     if len(constants) > 1:
         others = [t for t in terms if not isinstance(t.node, Const)]
         folded = add_constants([t.node for t in constants if isinstance(t.node, Const)])
-        terms = [*others, Value(folded)]
+        terms = [*others, *([] if folded.kernel.uniform == 0.0 and others else [Value(folded)])]
     return terms[0] if len(terms) == 1 else Value(Sum(tuple(terms)))
 
 
