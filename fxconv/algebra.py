@@ -124,14 +124,10 @@ def _multiple(outer: Raw, perm: Sequence[int], inner: Raw) -> Kernel | None:
     if tuple(perm) != tuple(range(len(inner.roles))):
         return None
     for number, other in ((outer, inner), (inner, outer)):
-        if number.kernel.shape == () and number.kernel.uniform is not None and is_number(number.roles):
-            return kernels.scaled(other.kernel, number.kernel.uniform)
+        if number.kernel.shape == () and number.kernel.uniform is not None:
+            if all(isinstance(r, Kept) and r.src == o for o, r in enumerate(number.roles)):
+                return kernels.scaled(other.kernel, number.kernel.uniform)
     return None
-
-
-def is_number(roles: Sequence[Role]) -> bool:
-    """Whether a map with these roles, and a kernel without axes, multiplies all of its operand by one number."""
-    return all(isinstance(r, Kept) and r.src == o for o, r in enumerate(roles))
 
 
 def _uniform_product(outer: Raw, inner: Raw, relations: list[tuple[str, int, int, object]]) -> float | None:

@@ -262,7 +262,7 @@ class Emitter:
                 t = part.values[0]
                 made = self._emit(t) if part.bias is None else self._emit_biased(t, *part.bias)
                 tensor = self._arranged(t, *made, plan.layout)
-            total = tensor if total is None else self.writer.add(total, tensor)
+            total = tensor if total is None else self.writer.add(total, tensor, part.factor)
         for step in constants:
             if total is None:
                 raise AssertionError("a sum of constants only")

@@ -287,6 +287,16 @@ def is_selection(node: Node) -> bool:
     return isinstance(node, Map) and node.selects
 
 
+def is_multiple(node: Node) -> bool:
+    """A map that multiplies all of its operand by one number."""
+    return (
+        isinstance(node, Map)
+        and node.kernel.shape == ()
+        and node.kernel.uniform is not None
+        and all(isinstance(r, Kept) and r.src == o for o, r in enumerate(node.roles))
+    )
+
+
 # -- Views ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from fxconv.cost import CostModel, Price, score
-from fxconv.expr import Apply, Const, Kept, Leaf, Map, New, Resample, Sum, Value, View, has_resample, is_selection, operands
+from fxconv.expr import (
+    Apply,
+    Const,
+    Kept,
+    Leaf,
+    Map,
+    New,
+    Resample,
+    Sum,
+    Value,
+    View,
+    has_resample,
+    is_multiple,
+    is_selection,
+    operands,
+)
 from fxconv.lift import Lifter
 from fxconv.plan import Chain, Layout, Plan, Step, Target, gathered, plan_map, plan_view
 from fxconv.strides import reading, sliced_at
-from fxconv.sums import concatenated, plan_sum
+from fxconv.sums import concatenated, multiples, plan_sum
 from fxconv.values import Values
 
 IMPOSSIBLE = Price(seconds=1e6, macs=1e18, params=1e18, launches=1e9)
@@ -212,10 +227,10 @@ class PricedValues(Values):
                     queue.append(user)
 
     def _parts_beside(self, x: Value) -> Iterator[Value]:
-        """Terms that sums add to x and that a concatenation may write itself, which hangs on what x is."""
+        """Terms that sums add to x and that a concatenation or an addition may write itself, which hangs on what x is."""
         for u in self.users.get(x, ()):
             if isinstance(u.node, Sum) and not self.unchanged(u):
-                yield from (t for t in u.node.terms if isinstance(t.node, Map) and is_selection(t.node))
+                yield from (t for t in u.node.terms if is_selection(t.node) or is_multiple(t.node))
 
     def _price(self, v: Value) -> Price:
         """The price of computing v from what it reads; sets its layout."""
@@ -250,8 +265,8 @@ class PricedValues(Values):
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
             return self._steps_price(node.op.steps(node, self.layout(node.x)))
-        if isinstance(node, Map) and is_selection(node) and self._inlined(v):
-            # The concatenation reads the operand itself.
+        if isinstance(node, Map) and (is_selection(node) and self._inlined(v) or is_multiple(node) and self._added(v)):
+            # The concatenation or the addition reads the operand itself.
             self.layouts[v] = self.layout(node.x)
             return Price()
         found = self._map_price(v)
@@ -308,7 +323,7 @@ class PricedValues(Values):
         if not isinstance(node, Map):
             return t.sizes, self.layout(t)
         key = (node.x.sizes, node.roles, node.kernel.uniform, gathered(node.kernel), self.alone(t), self.layout(t))
-        return (*key, self.layout(node.x)) if is_selection(node) else key
+        return (*key, self.layout(node.x)) if is_selection(node) or is_multiple(node) else key
 
     def _copies(self, v: Value, step: Step, at: int) -> Price:
         """What the readers of a slice pay because it is not contiguous."""
@@ -329,6 +344,13 @@ class PricedValues(Values):
             if not any(v in group for _, group in concatenated(u.node)):
                 return False
         return True
+
+    def _added(self, v: Value) -> bool:
+        """Whether the only user is a sum that multiplies v's operand by the number itself."""
+        users = self.users.get(v, ())
+        if not self.alone(v) or self.uses.get(v) != len(users) or self.anchored(v):
+            return False
+        return all(isinstance(u.node, Sum) and not self.unchanged(u) and v in multiples(u.node, self.alone) for u in users)
 
 
 def _flexible(v: Value) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fxconv.axes import Size, is_static
 from fxconv.constant_images import constant_before
-from fxconv.expr import Const, Kept, Map, Sum, Value, View, Window, is_selection
+from fxconv.expr import Const, Kept, Map, Sum, Value, View, Window, is_multiple, is_selection
 from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
 
 
@@ -16,7 +16,7 @@ class Part:
     """One tensor of a sum.
 
     Attributes:
-        kind: "term" (a value), "cat" (values side by side along ``slot``) or "const".
+        kind: "term" (a value, times ``factor``), "cat" (values side by side along ``slot``) or "const".
         values: the values that it reads; empty for a constant.
         bias: the map that the (only) value is, perhaps through a view, and a constant that its operator adds itself.
         chains: per value, the steps that bring its tensor into the sum's layout.
@@ -28,6 +28,7 @@ class Part:
     bias: tuple[Value, Const] | None = None
     chains: tuple[tuple[Step, ...], ...] = ()
     step: Step | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ class Carrier:
     bias: Const
 
 
+def multiples(node: Sum, alone: Callable[[Value], bool]) -> list[Value]:
+    """Terms that are a number times a value, which the addition itself multiplies: all but what comes first."""
+    found = [t for t in node.terms if is_multiple(t.node)]
+    others = any(not isinstance(t.node, Const) and t not in found for t in node.terms)
+    return [t for t in (found if others else found[1:]) if alone(t)]
+
+
 def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> Carrier | None:
     """The term whose operator adds the sum's constant for nothing."""
     constants = [t for t in node.terms if isinstance(t.node, Const)]
@@ -109,9 +117,10 @@ def bias_carrier(node: Sum, alone: Callable[[Value], bool]) -> Carrier | None:
         return None
     c = constants[0].node
     through: Carrier | None = None
+    multiplied = multiples(node, alone)
     for t in node.terms:
         if isinstance(t.node, Map):
-            if alone(t) and takes_bias(t.node, c):
+            if t not in multiplied and alone(t) and takes_bias(t.node, c):
                 return Carrier(t, constants[0], t, c)
         elif through is None and isinstance(t.node, View) and isinstance(t.node.x.node, Map):
             if alone(t) and alone(t.node.x) and takes_bias(t.node.x.node, before := constant_before(t.node, c)):
@@ -130,6 +139,7 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
     sizes = node.terms[0].sizes
     carrier = bias_carrier(node, alone)
     in_cat: set[Value] = set()
+    multiplied = multiples(node, alone)
     cats = concatenated(node)
     for _, group in cats:
         in_cat.update(group)
@@ -168,10 +178,17 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
             shape = Chain(sizes, layout).shape()
             parts.append(Part("const", (), None, (), Step("add_const", shape, shape, (k,))))
             continue
+        if t in multiplied and isinstance(t.node, Map):
+            chain = Chain(t.sizes, layout_of(t.node.x))
+            chain.to(layout)
+            assert t.node.kernel.uniform is not None
+            parts.append(Part("term", (t.node.x,), None, (tuple(chain.steps),), factor=t.node.kernel.uniform))
+            continue
         chain = Chain(t.sizes, layout_of(t))
         chain.to(layout)
         bias = (carrier.map, carrier.bias) if carrier is not None and t is carrier.term else None
         parts.append(Part("term", (t,), bias, (tuple(chain.steps),)))
+    parts.sort(key=lambda p: p.factor != 1.0)
     shape = Chain(sizes, layout).shape()
     tensors = sum(p.kind != "const" for p in parts)
     adds = tuple(Step("add", shape, shape) for _ in range(max(tensors - 1, 0)))
@@ -201,7 +218,7 @@ def _rearranged(p: Part, layout: Layout, sizes: tuple[Size, ...], layout_of: Cal
         shape = Chain(sizes, layout).shape()
         slot_dim = next(i for i, (a, b) in enumerate(zip(shape, Chain(p.values[0].sizes, layout).shape(), strict=True)) if a != b)
         step = Step("cat", shape, shape, attrs={"dim": slot_dim})
-    return Part(p.kind, p.values, p.bias, tuple(chains), step)
+    return Part(p.kind, p.values, p.bias, tuple(chains), step, p.factor)
 
 
 def _with_own_dim(layout: Layout, slot: int) -> Layout:

@@ -376,8 +376,12 @@ class Writer:
             return self.call(aten.add.Tensor, x, float(k.tensor()), module_target=torch.add)
         return self.call(aten.add.Tensor, x, self.parameter(k, "shift"), module_target=torch.add)
 
-    def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
-        return self.call(aten.add.Tensor, x, y, module_target=torch.add)
+    def add(self, x: fx.Node, y: fx.Node, factor: float = 1.0) -> fx.Node:
+        """``x + factor · y``."""
+        if factor == -1.0:
+            return self.call(aten.sub.Tensor, x, y, module_target=torch.sub)
+        options = {} if factor == 1.0 else {"alpha": factor}
+        return self.call(aten.add.Tensor, x, y, module_target=torch.add, **options)
 
     def cat(self, xs: Sequence[fx.Node], dim: int) -> fx.Node:
         return self.call(aten.cat.default, list(xs), dim, module_target=torch.cat)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from fxconv import kernel as kernels
-from fxconv.algebra import is_number
-from fxconv.expr import Const, Map, Sum, Value, identity_map, is_selection, view
+from fxconv.expr import Const, Map, Sum, Value, identity_map, is_multiple, is_selection, view
 from fxconv.law import Context, Law, Outcome, through_view
 from fxconv.normal_form import normal
 from fxconv.raw import as_value
@@ -49,7 +48,7 @@ def _multiples(t: Value, context: Context, factor: float = 1.0) -> Iterator[Mult
     if context.uses(t) <= 1 and isinstance(t.node, Sum):
         for s in t.node.terms:
             yield from _multiples(s, context, factor)
-    elif context.uses(t) <= 1 and isinstance(t.node, Map) and t.node.kernel.shape == () and is_number(t.node.roles):
+    elif context.uses(t) <= 1 and isinstance(t.node, Map) and is_multiple(t.node):
         yield from _multiples(t.node.x, context, factor * _unit(t.node)[0])
     else:
         yield factor, t
