@@ -25,6 +25,7 @@ from fxconv.passes import (
     rearrange,
     recover,
     restate,
+    swap_windows,
 )
 
 LAWS: tuple[Law, ...] = (
@@ -39,6 +40,7 @@ LAWS: tuple[Law, ...] = (
     absorb_together.law,
     absorb_views.law,
     commute.law,
+    swap_windows.law,
     homogeneity.law,
     merge_siblings.law,
     recover.law,
