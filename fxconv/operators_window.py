@@ -425,7 +425,7 @@ def _im2col(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     filters = [
         conv_filter(a["kernel"][i], a["stride"][i], a["padding"][i], a["padding"][i], a["dilation"][i]) for i in range(2)
     ]
-    sizes = [_filter_size(f, s) for f, s in zip(filters, n, strict=True)]
+    sizes = [f.out_size(s) for f, s in zip(filters, n, strict=True)]
     x, slots = arrange(ref, [None, None, (n[0],), (n[1],)])
     kept = [Kept(s) for d in slots[:2] for s in d]
     kh, kw = a["kernel"]
@@ -441,14 +441,6 @@ def _im2col(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     c = len(kept)
     dims = (tuple(slots[0]), (*slots[1], c, c + 1), (c + 2, c + 3))
     return Ref(out, tuple(_without_ones(d, out.sizes) for d in dims))
-
-
-def _filter_size(f: Filter, n: Size) -> Size:
-    if is_static(n):
-        return f.out_size(int(n))
-    from torch.utils._sympy.functions import FloorDiv
-
-    return as_size(FloorDiv(f.up * n + f.extent, f.down))
 
 
 @rule("tensor_unfold")

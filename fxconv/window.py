@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from torch.utils._sympy.functions import FloorDiv
+
 from fxconv.axes import Size, as_size, is_static
 
 
@@ -47,8 +49,9 @@ class Filter:
         """Zero padding, cropping and strided slicing: each output reads at most one place."""
         return self.up == 1 and self.taps == 1
 
-    def out_size(self, n_in: int) -> int:
-        return (self.up * n_in + self.extent) // self.down
+    def out_size(self, n_in: Size) -> Size:
+        total = self.up * n_in + self.extent
+        return total // self.down if is_static(n_in) else as_size(FloorDiv(total, self.down))
 
     @property
     def pad_hi(self) -> int:

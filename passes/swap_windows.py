@@ -182,8 +182,7 @@ def _exchanged(outer: Window, inner: Window, n_in: Size) -> tuple[Window, Window
     extent = both.filter.extent - down + reach + step
     first = Filter(1, step, f2.taps, f2.dilation * f1.down, f1.offset + f2.offset * f1.down, extent)
     then = Filter(1, down // step, f1.taps, max(f1.dilation // step, 1), 0, down // step - reach // step - 1)
-    size = first.out_size(n_in) if is_static(n_in) else (n_in + extent) // step
-    return Window(inner.src, first, size), Window(0, then, outer.size)
+    return Window(inner.src, first, first.out_size(n_in)), Window(0, then, outer.size)
 
 
 law = Law("swap windows", _swap)
