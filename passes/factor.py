@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from fxconv import kernel as kernels
-from fxconv.expr import Const, Map, Sum, Value, identity_map, is_multiple, is_selection, view
+from fxconv.expr import Const, Map, Sum, Value, View, identity_map, is_multiple, is_selection, view
 from fxconv.law import Context, Law, Outcome, through_view
 from fxconv.normal_form import normal
 from fxconv.raw import as_value
@@ -74,16 +74,19 @@ def _of_their_sum(found: list[Multiple]) -> Value:
     """One of the maps of the sum of what they are of, which are multiplied by what their factors differ by."""
     between, _ = through_view(found[0][1])
     first = found[0][0]
-    maps: list[Map] = []
-    operands: list[Value] = []
-    for factor, t in found:
-        m = through_view(t)[1].node
-        assert isinstance(m, Map)
-        maps.append(m)
-        operands.append(_times(factor / first, m.x))
+    maps = [m for m in (through_view(t)[1].node for _, t in found) if isinstance(m, Map)]
+    factors = [factor / first for factor, _ in found]
     _, kernel = _unit(maps[0])
-    made = normal(make_sum(operands), maps[0].roles, kernels.scaled(kernel, first))
+    made = normal(_sum_of(factors, [m.x for m in maps]), maps[0].roles, kernels.scaled(kernel, first))
     return made if between is None else as_value(view(made, between.splits, between.groups))
+
+
+def _sum_of(factors: list[float], xs: list[Value]) -> Value:
+    """A sum of multiples; of what is seen through one view, it is taken before that."""
+    views = [x.node for x in xs if isinstance(x.node, View)]
+    if len(views) == len(xs) and len({(v.splits, v.groups) for v in views}) == 1:
+        return as_value(view(_sum_of(factors, [v.x for v in views]), views[0].splits, views[0].groups))
+    return make_sum([_times(factor, x) for factor, x in zip(factors, xs, strict=True)])
 
 
 law = Law("factor", _factor)

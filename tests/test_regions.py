@@ -7,13 +7,14 @@ import torch
 from graphs import kinds
 from helpers import Outcome, check, draw, n_params, randomise, relative_error, run, said
 from torch import nn
+from zoo.exchanges import TABLES as EXCHANGES
 from zoo.moves import TABLES, normalised, relu_bn_pool_conv
 from zoo.regions import BRANCHES, CHAINS, DBB, Row, chain, only
 from zoo.spelling import SYMBOLIC, bn, build, conv, conv_transpose
 
 import fxconv
 
-ROWS = (*CHAINS, *BRANCHES, *(row for table in TABLES.values() for row in table))
+ROWS = (*CHAINS, *BRANCHES, *(row for table in (TABLES | EXCHANGES).values() for row in table))
 CASES = [
     pytest.param(row, spelling, capture, id=f"{row.name}-{spelling}-{capture}")
     for row in ROWS
