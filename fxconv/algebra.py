@@ -7,6 +7,7 @@ a sum over the taps of a window of one `einsum` each, which is the inner map's a
 from __future__ import annotations
 
 import itertools
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,21 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
         lambda: _compose_numbers(outer, tuple(perm), inner, shape, relations, contracted),
         uniform=_uniform_product(outer, inner, relations),
     )
+    if kernel.uniform is None and outer.kernel.uniform is not None and inner.kernel.uniform is not None:
+        kernel = _evened(kernel)
     return Raw(inner.in_sizes, tuple(roles), kernel)
+
+
+_FEW = 2**12
+"""Entries up to which a composition of uniform kernels is computed to see whether it is uniform."""
+
+
+def _evened(k: Kernel) -> Kernel:
+    """A kernel whose entries turn out to be the same (pooling of a pooling, or of an upsampling) as one that is known to be."""
+    if math.prod(int(s) for s in k.shape) > _FEW:
+        return k
+    same = k.fact("same", lambda t: float(t.flatten()[0]) if t.numel() and bool((t == t.flatten()[0]).all()) else None)
+    return k if same is None else kernels.uniform(k.shape, same)
 
 
 def _multiple(outer: Raw, perm: Sequence[int], inner: Raw) -> Kernel | None:
@@ -370,7 +385,7 @@ def join(outer: Map, inner: Map, between: View | None = None) -> Value | str | N
     if has_resample(outer) == has_resample(inner):
         return compose(outer, inner, between)
     if has_resample(inner):
-        return None
+        return _under_contraction(outer, inner, between)
     m = meet(outer, inner, between)
     if isinstance(m, str):
         return m
@@ -380,6 +395,21 @@ def join(outer: Map, inner: Map, between: View | None = None) -> Value | str | N
         return None
     dense = densify_resampling(m.outer, set(resampled))
     return dense if isinstance(dense, str) else _composed(replace(m, outer=dense), inner)
+
+
+def _under_contraction(outer: Map, inner: Map, between: View | None) -> Value | str | None:
+    """A contraction of what resampling makes, as one of what it reads; None where something else is done to that."""
+    if not outer.contracted:
+        return None
+    m = meet(outer, inner, between)
+    if isinstance(m, str):
+        return None
+    slots = {m.perm[k] for k in m.outer.contracted}
+    resampled = {y for y in slots if isinstance(r := m.inner.roles[y], Resample) and r.size != 1}
+    if not resampled:
+        return None
+    dense = densify_resampling(m.inner, resampled)
+    return None if isinstance(dense, str) else _composed(replace(m, inner=dense), inner)
 
 
 def _composed(m: Meeting, inner: Map) -> Value | str:

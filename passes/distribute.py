@@ -52,7 +52,7 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
             parts.append(part)
         return make_sum(parts)
     if isinstance(t.node, Map):
-        if context.count(t.sizes) > context.count(t.node.x.sizes) and not is_selection(t.node):
+        if context.count(t.sizes) > context.count(t.node.x.sizes):
             # Below what makes the tensor larger rather than into it.
             met = meet(m, t.node, between) if has_resample(t.node) or t.node.kernel.uniform is not None else ""
             swapped = exchange(met) if not isinstance(met, str) else None

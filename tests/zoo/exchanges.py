@@ -241,9 +241,45 @@ ZEROS = (
     Row("new_zeros_conv", lambda: zeros_conv(3, "new_zeros"), SMALL, HALF, EXPORT),
 )
 
+# --- other variants that were missed once -----------------------------------------------------------------------------
+
+
+def pools(first: int, second: int) -> Made:
+    return {}, lambda s, x: s.avg_pool(s.avg_pool(x, first), second)
+
+
+def resized_linear(size: int | None) -> Made:
+    """An image made larger, then flattened into a Linear."""
+    if size is not None:
+        return {"fc": nn.Linear(8 * size * size, 24)}, lambda s, x: s.fc(s.flatten(F.adaptive_avg_pool2d(x, size)))
+    return {"fc": nn.Linear(8 * 72, 24)}, lambda s, x: s.fc(s.flatten(s.upsample(x, 2, "bilinear")))
+
+
+def tokens_side_by_side() -> Made:
+    layers = {"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 48)}
+    return layers, lambda s, x, y: s.c(s.cat([s.a(x), s.b(y)]))
+
+
+BOTH_STATIC = {"sizes": False, "dynamic_shapes": ({0: torch.export.Dim("n", max=64)},) * 2}
+OTHERS = (
+    Row("pool_of_a_pool", lambda: pools(2, 2), ((2, 8, 12, 16),), only(avg_pool=1), EXPORT),
+    Row("pool_of_an_upsampling", lambda: ({}, lambda s, x: s.avg_pool(s.upsample(x, 2), 2)), ((2, 8, 6, 7),), only(), ONCE),
+    # 4 places of 7 · 7 are read, or 18 of 72.
+    *(
+        Row(name, lambda size=size: resized_linear(size), (shape,), {"max_macs_ratio": ratio, **STATIC, **only(linear=1)}, ONCE)
+        for name, size, shape, ratio in (
+            ("small_image_linear", 7, (2, 8, 2, 2), 0.09),
+            ("upsampled_linear", None, (2, 8, 3, 6), 0.26),
+        )
+    ),
+    # 30 + 20 tokens of 64 · 48 for 64 · 64 + 64 · 48
+    Row("tokens_side_by_side", tokens_side_by_side, ((2, 30, 64), (2, 20, 64)), {"max_macs_ratio": 0.43, **BOTH_STATIC}, EXPORT),
+)
+
 TABLES: dict[str, tuple[Row, ...]] = {
     "swapped": SWAPPED,
     "differences": DIFFERENCES,
     "rolled": ROLLED,
     "zeros": ZEROS,
+    "others": OTHERS,
 }
