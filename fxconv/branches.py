@@ -60,7 +60,8 @@ def readings(t: Value) -> Iterator[Reading]:
     outer = t.node if isinstance(t.node, View) else None
     inner = outer.x if outer is not None else t
     if isinstance(inner.node, Map):
-        maps, x = (inner.node,), inner.node.x
+        maps: tuple[Map, ...] = (inner.node,)
+        x = inner.node.x
         yield _viewed(x), partial(_branch, inner.node, outer)
         while isinstance(x.node, Map) and (is_selection(maps[-1]) or is_selection(x.node)):
             maps, x = (*maps, x.node), x.node.x

@@ -430,7 +430,7 @@ def full(c: Context, input: Any, fill_value: Any, **options: Any) -> Op:
 
 @spelling("new_full")
 def new_full(c: Context, input: Any, size: Any, fill_value: Any, **options: Any) -> Op:
-    return full(c, input, fill_value)
+    return c.make("full", (), value=float(c.number(fill_value)))
 
 
 @spelling("roll")
