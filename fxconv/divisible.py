@@ -68,7 +68,8 @@ def _places(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[str, int]]:
 def _check(size: sympy.Expr, k: int, places: dict[sympy.Symbol, tuple[str, int]]) -> SizeCheck:
     named = tuple((s, *places[s]) for s in sorted(size.free_symbols, key=str))
     readable = ", ".join(f"{s} = dim {dim} of {name}" for s, name, dim in named)
-    return SizeCheck(sympy.Eq(Mod(size, k), 0), named, f"{size} must be a multiple of {k} ({readable}): the model divides it into {k}")
+    text = f"{size} must be a multiple of {k} ({readable}): the model divides it into {k}"
+    return SizeCheck(sympy.Eq(Mod(size, k), 0), named, text)
 
 
 def _may_divide(node: fx.Node) -> bool:
