@@ -70,6 +70,13 @@ def pool(c: int, size: int, k: int, stride: int) -> Sample:
     return Sample(Step("avg_pool", tuple(x.shape), shape, (), {"kernel": (k, k)}), lambda: F.avg_pool2d(x, k, stride))
 
 
+def patches(c: int, size: int, k: int, stride: int) -> Sample:
+    """The k² patches of a c·size² image, written out side by side."""
+    x = torch.randn(1, c, size, size)
+    shape = tuple(F.unfold(x, k, 1, 0, stride).shape)
+    return Sample(Step("im2col", tuple(x.shape), shape), lambda: F.unfold(x, k, 1, 0, stride))
+
+
 def resampling(c: int, size: int, factor: int, mode: str) -> Sample:
     """An upsampling of a c·size² image."""
     x = torch.randn(1, c, size, size)
@@ -160,6 +167,8 @@ def samples() -> Iterator[Sample]:
         (64, 28, 4, 4),
     ):
         yield pool(c, size, k, stride)
+    for c, size, k, stride in ((3, 64, 16, 16), (3, 224, 16, 16), (32, 56, 3, 2), (32, 28, 3, 1), (64, 56, 3, 1), (3, 16, 4, 4)):
+        yield patches(c, size, k, stride)
     for mode in ("nearest", "bilinear"):
         for c, size, factor in ((8, 8, 2), (64, 28, 2), (256, 14, 2), (64, 28, 4), (128, 64, 2)):
             yield resampling(c, size, factor, mode)

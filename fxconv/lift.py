@@ -17,7 +17,7 @@ from fxconv.axes import Size, shape_of
 from fxconv.constants import Constants
 from fxconv.expr import Const, Leaf, Value
 from fxconv.refs import LiftError, Ref
-from fxconv.spelling import Barrier, Op, Operand, Param, canonical
+from fxconv.spelling import Barrier, Op, Operand, Param, canonical, elementwise
 from fxconv.spelling_common import attribute
 
 
@@ -46,8 +46,16 @@ class Lifted:
 class Lifter:
     """Lifts one graph; `operators` adds a method per canonical operator."""
 
-    def __init__(self, gm: fx.GraphModule, barriers: Mapping[str, str]) -> None:
+    def __init__(self, gm: fx.GraphModule, barriers: Mapping[str, str], functions: bool = False) -> None:
+        """
+        Args:
+            gm: the graph.
+            barriers: reasons not to lift nodes, by name.
+            functions: whether to lift elementwise functions (GELU, tanh) that nothing but layout passes through: it lets
+                convolutions on either side agree on one, and costs a search over larger regions.
+        """
         self.gm = gm
+        self.functions = functions
         self.barrier_names = barriers
         self.constants = Constants(gm)
         self.lifted = Lifted()
@@ -65,6 +73,8 @@ class Lifter:
                     ref = self.filled(node) or self.constant(node)
             elif node.op != "placeholder":
                 op = canonical(node, self.gm, self.barrier_names)
+                if self.functions and isinstance(op, Barrier) and node.name not in self.barrier_names:
+                    op = elementwise(node, self.gm) or op
                 if isinstance(op, Barrier):
                     self.lifted.barriers[node] = op.reason
                 else:

@@ -294,7 +294,7 @@ def _batch_norm(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
 # -- Nonlinear functions that a positive scale passes through ---------------------------------------------------------
 
 
-@rule("relu", "leaky_relu", "prelu")
+@rule("relu", "leaky_relu", "prelu", "elementwise")
 def _activation(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     ref = lifter.ref(op.inputs[0])
     if isinstance(ref.value.node, Const):
@@ -302,7 +302,8 @@ def _activation(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     if op.name == "leaky_relu" and not float(op.attrs["slope"]) >= 0:
         raise LiftError(f"LeakyReLU with slope {op.attrs['slope']}")
     x = ref.value
-    return Ref(Value(Apply(x, Nonlinear(node, op, ref.dims), x.sizes, (True,) * x.rank, False)), ref.dims)
+    function = Nonlinear(node, op, ref.dims, lifter.functions)
+    return Ref(Value(Apply(x, function, x.sizes, (True,) * x.rank, False)), ref.dims)
 
 
 @rule("max_pool")
@@ -320,12 +321,14 @@ def _max_pool(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
 
 
 class Nonlinear:
-    """An operator to write again: its node, and how the operand's slots group into the dims that it expects."""
+    """An operator to write again: its node, and how the operand's slots group into the dims that it expects.
 
-    homogeneous = True
+    ``any_layout``: whether to write it anew in the layout that its operand comes in.
+    """
 
-    def __init__(self, node: fx.Node, op: Op, dims: tuple[tuple[int, ...], ...]) -> None:
-        self.node, self.op, self.dims = node, op, dims
+    def __init__(self, node: fx.Node, op: Op, dims: tuple[tuple[int, ...], ...], any_layout: bool = False) -> None:
+        self.node, self.op, self.dims, self.any_layout = node, op, dims, any_layout
+        self.homogeneous = op.name != "elementwise"
 
     def _key(self) -> tuple[Any, ...]:
         return (self.node, self.dims)
@@ -342,12 +345,12 @@ class Nonlinear:
 
     def with_dims(self, dims: tuple[tuple[int, ...], ...]) -> Nonlinear:
         """The operator on an operand with its slots in another order."""
-        return Nonlinear(self.node, self.op, dims)
+        return Nonlinear(self.node, self.op, dims, self.any_layout)
 
     def _arranged(self, x: Value, layout: Layout) -> Chain:
         """The operand in the dims that the operator expects; an activation takes any."""
         chain = Chain(x.sizes, layout)
-        if self.op.name not in ("relu", "leaky_relu"):
+        if self.op.name not in ("relu", "leaky_relu", "elementwise"):
             chain.to(self.dims)
         return chain
 

@@ -28,6 +28,7 @@ class Norm:
     """A normalisation by its own input's statistics, without weight and bias: no map, and no scale passes through it."""
 
     homogeneous = False
+    any_layout = False
 
     def __init__(self, node: fx.Node, op: Op, dims: tuple[tuple[int, ...], ...]) -> None:
         self.node, self.op, self.dims = node, op, dims

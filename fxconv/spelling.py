@@ -29,7 +29,7 @@ from fxconv.spelling_common import (
 )
 from fxconv.spelling_modules import base_type, canonical_module
 
-__all__ = ["OPERATORS", "Barrier", "Op", "Operand", "Param", "base_name", "base_type", "canonical", "user_name"]
+__all__ = ["OPERATORS", "Barrier", "Op", "Operand", "Param", "base_name", "base_type", "canonical", "elementwise", "user_name"]
 
 OPERATORS: Mapping[str, str] = {
     "conv": "x, weight, bias; stride, padding ((lo, hi)…), dilation, groups, transposed, output_padding",
@@ -80,6 +80,7 @@ OPERATORS: Mapping[str, str] = {
     "relu": "x",
     "leaky_relu": "x; slope",
     "prelu": "x, weight",
+    "elementwise": "x; function, more (GELU, tanh, …: lifted for its layout alone, and only where asked for)",
 }
 
 _USER_NAMES = {
@@ -206,6 +207,27 @@ def _not_lifted(node: fx.Node, gm: fx.GraphModule) -> Barrier:
     if name in ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "dim", "numel"):
         return SILENT
     return Barrier(f"{user_name(node, gm)} is not affine")
+
+
+_ELEMENTWISE = frozenset(
+    """gelu silu tanh sigmoid hardswish hardsigmoid hardtanh relu6 elu selu celu softplus mish logsigmoid log_sigmoid softsign
+    erf exp log1p sin cos square abs sqrt rsqrt reciprocal""".split()
+)
+
+
+def elementwise(node: fx.Node, gm: fx.GraphModule) -> Op | None:
+    """A function of one tensor, entry by entry, in any spelling; None for anything else."""
+    value, operands = node.meta.get("val"), node.all_input_nodes
+    if len(operands) != 1 or not isinstance(value, torch.Tensor) or base_name(node, gm).lower() not in _ELEMENTWISE:
+        return None
+    if node.op == "call_module" and not type(attribute(gm, str(node.target))).__module__.startswith("torch.nn."):
+        return None  # anybody's class of that name
+    given = operands[0].meta.get("val")
+    alike = isinstance(given, torch.Tensor) and given.shape == value.shape and given.dtype == value.dtype
+    if not alike or _dtype_hazard(node, value) is not None:
+        return None
+    more = str([a for a in (*node.args, *node.kwargs.items()) if not isinstance(a, fx.Node)])
+    return Op("elementwise", (operands[0],), {"function": user_name(node, gm), "more": more})
 
 
 def _stochastic_depth(c: Context, input: Any, p: Any, mode: Any, training: Any = True) -> Op | Barrier:

@@ -129,7 +129,7 @@ def remarks(outcome: Outcome) -> tuple[Remark, ...]:
     return tuple(out.values())
 
 
-NONLINEAR = frozenset(("relu", "leaky_relu", "prelu", "max_pool", "norm_affine"))
+NONLINEAR = frozenset(("relu", "leaky_relu", "prelu", "max_pool", "norm_affine", "elementwise"))
 """Operators that are lifted, since a scale passes through them or follows them, and still part two affine ones."""
 
 

@@ -168,7 +168,9 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     timings: dict[str, float] = {}
     clock = time.perf_counter()
     assumed = assume_divisible(captured.gm)
-    lifter = Lifter(captured.gm, {**captured.barriers, **_left_alone(captured.gm, options, where)})
+    barriers = {**captured.barriers, **_left_alone(captured.gm, options, where)}
+    # A target that wants another operator wants it in another layout, on both sides of a function.
+    lifter = Lifter(captured.gm, barriers, functions=options.target is not None)
     lifter.run()
     clock = _lap(timings, "lift", clock)
     symbols = symbol_ranges(captured.gm)

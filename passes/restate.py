@@ -3,7 +3,7 @@
 ``Linear ⇔ convolution``, a full-kernel convolution as a Linear, a product with a constant as a bias: layout is no
 operation, so the operator that an expression becomes is a choice of emission. This law proposes the expression itself; the
 search takes it where writing it anew is cheaper than the original node, or the only form that the target allows. A constant
-that the model computes from parameters at every call is stored then.
+that the model computes from parameters at every call is stored then; an elementwise function takes its operand's layout.
 
 Always exact: nothing changes but the operator.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.expr import Kept, Map, Shared, Sum, Value
+from fxconv.expr import Apply, Kept, Map, Shared, Sum, Value
 from fxconv.law import Context, Law, Outcome
 
 
@@ -26,7 +26,8 @@ def _computes(v: Value) -> bool:
 
 
 def _restate(v: Value, context: Context) -> Iterator[Outcome]:
-    if isinstance(v.node, (Map, Sum)) and (_computes(v) or context.folds(v)):
+    node = v.node
+    if isinstance(node, (Map, Sum)) and (_computes(v) or context.folds(v)) or isinstance(node, Apply) and node.op.any_layout:
         yield v
 
 

@@ -332,6 +332,28 @@ def test_target_conv_merges_branches_above_a_linear() -> None:
     check(randomise(Branches()), draw((2, 3, 8, 8)), target="conv", ops={"conv": 2, "linear": 0})
 
 
+class Mixing(nn.Module):
+    """A Linear over the tokens, with a function behind it and maybe another Linear, as MLP-Mixer and gMLP have them."""
+
+    def __init__(self, act: nn.Module, second: bool) -> None:
+        super().__init__()
+        self.a, self.act = nn.Linear(12, 20), act
+        self.b = nn.Linear(20, 12) if second else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 12, C] → [N, 12 or 20, C]."""
+        return torch.tanh(self.b(self.act(self.a(torch.tanh(x).transpose(1, 2)))).transpose(1, 2))
+
+
+@pytest.mark.parametrize("target", ["conv", "conv2d"])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.ReLU6(), nn.Softplus(beta=2), nn.ReLU()], ids=str)
+@pytest.mark.parametrize("second", [False, True])
+def test_token_mixing_is_convolutions_without_transposes(act: nn.Module, second: bool, target: str) -> None:
+    """A function of each entry takes any layout: nothing is permuted between the convolutions on its sides."""
+    out = check(Mixing(act, second), draw((2, 12, 9)), target=target, ops={"linear": 0, "conv": 1 + second, "permute": 0})
+    assert not [n for n in out.result.graph.nodes if "transpose" in str(n.target)]
+
+
 def test_transform_without_args_where_shapes_are_known_or_not_needed() -> None:
     model = randomise(
         nn.Sequential(
