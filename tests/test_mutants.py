@@ -159,6 +159,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...], str]] = {
     "siblings": (Dense, (2, 3, 16, 12), "launches"),
     "mobile": (Mobile, (2, 3, 16, 12), "latency"),
     "tokens": (Tokens, (2, 3, 16, 12), "latency"),
+    "projections": (Tokens, (2, 3, 16, 12), "launches"),
     "decoder": (Decoder, (2, 6, 5, 7), "latency"),
     "head": (Head, (2, 3, 6, 12), "latency"),
     "audio": (Audio, (2, 2, 50), "latency"),

@@ -50,9 +50,10 @@ def test_llama_block_norm_weights_go_into_the_projections() -> None:
 
 
 def test_llama_block_siblings_merge_where_launches_count() -> None:
-    """Q, K, V as one Linear; gate and up as one; then o and down."""
-    # A launch less for 56 multiply-adds of the rotary table, of 113,792.
-    from_embeddings(objective="launches", ops={"linear": 4}, more_macs=True, max_macs_ratio=1.0005)
+    """Q, K, V as one Linear; gate and up as one; then o and down. K's half rotation is a Linear of its own instead of two
+    slices, a negation and a concatenation, Q's a convolution: launches are what counts, up to a tenth more multiply-adds."""
+    out = from_embeddings(objective="launches", ops={"linear": 5}, at_most={"cat": 0}, more_macs=True, max_macs_ratio=1.1)
+    assert out.report.cost_before.launches - out.report.cost_after.launches >= 9
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
