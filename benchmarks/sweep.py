@@ -195,7 +195,8 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _worker(name: str, gigabytes: float) -> None:
+def work(name: str, gigabytes: float, measure: Callable[[str], dict[str, Any]]) -> None:
+    """Print the row of one model: what a process of its own does."""
     size = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
     torch.set_num_threads(1)
@@ -207,9 +208,9 @@ def _worker(name: str, gigabytes: float) -> None:
 # ----------------------------------------------------------------- all models
 
 
-def run(name: str, seconds: float, gigabytes: float) -> dict[str, Any]:
-    """The row of one model, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.sweep", "--one", name, "--memory", str(gigabytes)]
+def run(name: str, seconds: float, gigabytes: float, module: str = "benchmarks.sweep") -> dict[str, Any]:
+    """The row of one model, measured in a process of its own by the module's ``--one``, which prints it behind `MARK`."""
+    command = [sys.executable, "-m", module, "--one", name, "--memory", str(gigabytes)]
     clock = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -315,7 +316,7 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        _worker(given.one, given.memory)
+        work(given.one, given.memory, measure)
         return 0
     chosen = [n for n in (CI if given.subset == "ci" else names()) if re.search(given.only or "", n)]
     if given.again and given.json.exists():
