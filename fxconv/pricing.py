@@ -158,7 +158,9 @@ class PricedValues(Values):
                 return None
             else:
                 others = [t for t in seen.node.terms if isinstance(t.node, (Map, Apply)) and not _flexible(t)]
-                order = [s for g in self.layout(others[0]) for s in g] if others else []
+                orders = [[s for g in self.layout(t) for s in g] for t in others]
+                # A part that the concatenation writes itself is in the layout of what it is a part of.
+                order = next((o for o in orders if len(o) == seen.rank), [])
         for view in reversed(views):
             order = view.slots_behind(order)
         return tuple((s,) for s in order)

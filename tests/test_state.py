@@ -38,6 +38,25 @@ class PositionEncoding(nn.Module):
         return self.norm(torch.cat([token, (self.conv(y) + y).flatten(2).transpose(1, 2)], 1))
 
 
+class TokenSkip(nn.Module):
+    """Class token and image tokens go their own ways and come together again beside a Linear's result: MViT."""
+
+    def __init__(self, c: int, h: int, w: int) -> None:
+        super().__init__()
+        self.size = h, w
+        self.norm, self.up, self.proj, self.mlp = nn.LayerNorm(c), nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.pool = nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 1 + H·W, C], the same."""
+        x = self.norm(x)
+        token, rest = x[:, :1], x[:, 1:]
+        n, _, c = rest.shape
+        rest = self.pool(rest.transpose(1, 2).reshape(n, c, *self.size)).flatten(2).transpose(1, 2)
+        x = torch.cat([token, rest], 1) + self.proj(torch.tanh(self.up(x)))
+        return x + self.mlp(nn.functional.gelu(self.norm(x)))
+
+
 def checked(state: State) -> None:
     """Raises where a price that the search holds differs from one worked out from nothing."""
     prices, layouts = dict(state.prices), dict(state.layouts)
@@ -81,4 +100,16 @@ def test_a_part_of_a_concatenation_whose_neighbour_changes(monkeypatch: pytest.M
     assert fxconv.report(result).verified
     for batch in (1, 3):
         x = (draw((batch, 3, 28, 20), batch),)
+        assert relative_error(run(result, x), run(model, x)) < 1e-12
+
+
+@pytest.mark.parametrize("objective", ["latency", "launches"])
+def test_a_part_of_a_concatenation_beside_a_linear(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part has the layout of what it is a part of, which is none of the sum's."""
+    model = randomise(TokenSkip(24, 7, 5), 2).double()
+    watched(monkeypatch, 3)
+    result = fxconv.transform(model, draw((2, 36, 24), 3), objective=objective)
+    assert fxconv.report(result).verified
+    for batch in (1, 3):
+        x = (draw((batch, 36, 24), batch),)
         assert relative_error(run(result, x), run(model, x)) < 1e-12
