@@ -396,9 +396,16 @@ class Search:
         return margin * sum(score(state.prices.get(x, Price()), "latency") for x, _, _ in steps)
 
     def _redefine(self, steps: Sequence[Step]) -> bool:
+        """Take steps for a trial; False where they change nothing, or can't be priced: the caller takes them back."""
         changed = False
-        for x, new, _ in steps:
-            changed |= self.state.revert(x) if new is None else self.state.redefine(x, new)
+        for x, new, law in steps:
+            try:
+                changed |= self.state.revert(x) if new is None else self.state.redefine(x, new)
+            except Exception as error:  # the model comes out right without this step, and the report says so
+                logger.warning("what the law %r proposes raised at %s", law, x, exc_info=True)
+                reason = f"what the law proposes raised {type(error).__name__}: {error}"
+                self.refusals.setdefault((x.id, law, reason), Missed(x, law, reason))
+                return False
         return changed
 
     def _explore(self, focus: Sequence[Value], depth: int, start: float) -> Found | None:

@@ -11,6 +11,7 @@ from helpers import randomise
 from torch import nn
 
 import fxconv
+from fxconv import pricing
 from fxconv.expr import Map, Value
 from fxconv.law import Context, Joint, Law
 
@@ -57,4 +58,24 @@ def test_a_broken_law_is_reported(apply: Callable[..., Any], reason: str, caplog
     assert any(m.law == "broken" and m.reason.startswith(reason) for m in report.missed), report.missed
     assert torch.allclose(result(x), model(x), atol=1e-5)
     assert ("raised at" in caplog.text) == ("raised" in reason)
+    caplog.clear()
+
+
+def test_what_cannot_be_priced_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of fxconv's own costs one rewrite, not the model: the other convolutions still become one."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 7, 3), nn.Conv2d(7, 5, 1)), 1)
+    x = torch.randn(2, 3, 8, 9)
+    plan_map = pricing.plan_map
+
+    def faulty(m: Map, *args: Any) -> Any:
+        if tuple(m.kernel.shape) == (4, 3, 3, 3):
+            raise AssertionError("layouts hold different slots")
+        return plan_map(m, *args)
+
+    monkeypatch.setattr(pricing, "plan_map", faulty)
+    result = fxconv.transform(model, x)
+    report = fxconv.report(result)
+    assert report.verified and len(report.applied) == 1
+    assert any("raised AssertionError: layouts hold different slots" in m.reason for m in report.missed), report.missed
+    assert torch.allclose(result(x), model(x), atol=1e-5)
     caplog.clear()
