@@ -93,7 +93,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
     if name.startswith("raft"):
         return model, lambda n: (torch.rand(n, 3, 128, 136) * 2 - 1, torch.rand(n, 3, 128, 136) * 2 - 1)
     if re.match(r"r3d|mc3|r2plus1d|s3d|swin3d|mvit", name):
-        frames, side = (16, 224) if name.startswith("mvit") else (16, 64) if name == "s3d" else (4, 64)
+        frames, side = (16, 224) if name.startswith(("mvit", "s3d")) else (4, 64)
         return model, lambda n: (torch.randn(n, 3, frames, side, side),)
     return model, lambda n: (torch.randn(n, 3, side, side),)
 
