@@ -1,13 +1,15 @@
-"""Nodes that do nothing in eval mode, out of a captured graph: dropout, ``nn.Identity``, stochastic depth."""
+"""Nodes that do nothing in eval mode, out of a captured graph: dropout, ``nn.Identity``, stochastic depth, ``0 + x``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx, nn
 
 from fxconv.spelling import Op, base_name, base_type, canonical
 from fxconv.spelling_common import attribute
+from fxconv.strides import read_as_view
 
 _NOTHING = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
@@ -39,7 +41,32 @@ def _does_nothing(node: fx.Node, gm: fx.GraphModule) -> bool:
         known = base_type(module) or nn.Module
         dropout = issubclass(known, nn.modules.dropout._DropoutNd) and not (module.training and module.p)
         return dropout or known is nn.Identity
-    if node.op not in ("call_function", "call_method") or base_name(node, gm) not in _NOTHING:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = base_name(node, gm)
+    if name not in _NOTHING and name.strip("_") not in _NEUTRAL:
         return False
     found = canonical(node, gm)
-    return isinstance(found, Op) and found.name == "identity"
+    return isinstance(found, Op) and (found.name == "identity" or _is_neutral(node, found))
+
+
+_NEUTRAL = {"add": 0, "iadd": 0, "radd": 0, "sub": 0, "isub": 0, "mul": 1, "imul": 1, "rmul": 1, "div": 1, "truediv": 1, "itruediv": 1}
+"""What changes nothing as the other operand; ``sum`` of a list of tensors begins with 0."""
+
+
+def _is_neutral(node: fx.Node, op: Op) -> bool:
+    """Whether a number is added or multiplied that changes nothing. The result is a tensor of its own, as it must stay
+    where the caller gets it and its operand too."""
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(op.name)
+    if neutral is None or len(op.inputs) != 2:
+        return False
+    a, b = op.inputs
+    number, tensor = (a, b) if isinstance(a, (int, float)) and op.name in ("add", "mul") else (b, a)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != neutral or not isinstance(tensor, fx.Node):
+        return False
+    before, after = tensor.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if before.dtype != after.dtype or any(u.op == "output" for u in node.users):
+        return False
+    return before.stride() == after.stride() or not read_as_view(node)

@@ -63,3 +63,47 @@ def test_a_hooked_identity_stays(capture: str) -> None:
 def test_without_shapes() -> None:
     result = fxconv.transform(randomise(Row()).eval(), capture="symbolic")
     assert not idle_nodes(result)
+
+
+class Neutral(nn.Module):
+    """Sums that begin with the number 0, as Python's own ``sum`` does, and products with 1, in several spellings."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.a, self.b = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spelling == "sum":
+            y = sum([torch.sigmoid(x)]) * 1.0
+        elif self.spelling == "in place":
+            y = 0
+            y += torch.sigmoid(x)
+        elif self.spelling == "functions":
+            y = torch.add(torch.sigmoid(x), 0).div(1).sub(0)
+        else:
+            y = (torch.sigmoid(x) - 0) / 1
+        z = 0
+        z += torch.tanh(self.a(y))
+        return self.b(torch.sin(z))
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+@pytest.mark.parametrize("spelling", ["sum", "in place", "functions", "operators"])
+def test_numbers_that_change_nothing_are_gone(spelling: str, capture: str) -> None:
+    out = check(randomise(Neutral(spelling)), draw((2, 3, 7, 8)), capture=capture)
+    assert {k: v for k, v in out.kinds.items() if k in ("add", "mul", "div", "sub")} == {}
+
+
+def test_zero_added_to_what_the_caller_gets_stays() -> None:
+    """Without it, input and output would be one tensor, or two outputs."""
+
+    class Outputs(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = torch.tanh(x)
+            return y, y + 0, x * 1
+
+    x = draw((2, 3))
+    result = fxconv.transform(Outputs(), x)
+    y, z, same = result(x)
+    assert y.data_ptr() != z.data_ptr() and same.data_ptr() != x.data_ptr()
