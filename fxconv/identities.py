@@ -50,8 +50,8 @@ def _does_nothing(node: fx.Node, gm: fx.GraphModule) -> bool:
     return isinstance(found, Op) and (found.name == "identity" or _is_neutral(node, found))
 
 
-_NEUTRAL = {"add": 0, "iadd": 0, "radd": 0, "sub": 0, "isub": 0, "mul": 1, "imul": 1, "rmul": 1, "div": 1, "truediv": 1, "itruediv": 1}
-"""What changes nothing as the other operand; ``sum`` of a list of tensors begins with 0."""
+_NEUTRAL = frozenset("add iadd radd sub isub mul imul rmul div truediv itruediv".split())
+"""Operators that change nothing with a 0 or a 1 as the other operand; ``sum`` of a list of tensors begins with 0."""
 
 
 def _is_neutral(node: fx.Node, op: Op) -> bool:
