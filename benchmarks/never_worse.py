@@ -12,11 +12,10 @@ its own. What is timed is not verified here: `benchmarks.sweep` does that.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.peers import PEERS, NotApplicable, Runner
-from benchmarks.sweep import DETECTION, make, names, run, settle, work
+from benchmarks.sweep import DETECTION, make, names, options, run, settle, sweep, work
 from fxconv.timing import paired
 
 DEFAULT_JSON = Path("benchmarks/results/never_worse.json")
@@ -92,30 +91,21 @@ def _ratio(t: dict[str, Any]) -> str:
     return f"{t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f})" if "ratio" in t else t.get("skipped", "")[:40]
 
 
+def _say(row: dict[str, Any]) -> str:
+    return " ".join([*(_ratio(row.get(e, {})) for e in ENGINES), row["status"]])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a regular expression on names")
-    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="rows are read from here and written to it")
-    parser.add_argument("--seconds", type=float, default=600, help="limit per model")
-    parser.add_argument("--memory", type=float, default=12, help="limit per model in GiB")
-    parser.add_argument("--minutes", type=float, default=360, help="no model is started after this")
-    parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = options(__doc__, DEFAULT_JSON, 12).parse_args()
     if given.one:
         work(given.one, given.memory, measure)
         return 0
-    rows: dict[str, dict[str, Any]] = json.loads(given.json.read_text()) if given.json.exists() else {}
-    end = time.monotonic() + 60 * given.minutes
-    for name in [] if given.table else names():
-        skip = "quantized" in name or re.search(DETECTION, name) or not re.search(given.only or "", name)
-        if skip or name in rows or time.monotonic() > end:
-            continue
-        rows[name] = run(name, given.seconds, given.memory, "benchmarks.never_worse")
-        said = " ".join(_ratio(rows[name].get(e, {})) for e in ENGINES)
-        print(f"{name}: {said} {rows[name]['status']}", file=sys.stderr, flush=True)
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(dict(sorted(rows.items())), indent=1))
+    chosen = [n for n in names() if re.search(given.only or "", n) and not re.search(f"quantized|{DETECTION}", n)]
+    rows = sweep(
+        [] if given.table else chosen,
+        given.json, seconds=given.seconds, gigabytes=given.memory, jobs=1, minutes=given.minutes,
+        measured=partial(run, module="benchmarks.never_worse"), say=_say,
+    )  # fmt: skip
     print(table(rows))
     return int(any(worse(r) for r in rows.values()))
 

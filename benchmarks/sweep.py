@@ -226,21 +226,30 @@ def run(name: str, seconds: float, gigabytes: float, module: str = "benchmarks.s
 
 
 def sweep(
-    chosen: Iterable[str], path: Path | None, *, seconds: float, gigabytes: float, jobs: int, minutes: float
+    chosen: Iterable[str],
+    path: Path | None,
+    *,
+    seconds: float,
+    gigabytes: float,
+    jobs: int,
+    minutes: float,
+    measured: Callable[[str, float, float], dict[str, Any]] | None = None,
+    say: Callable[[dict[str, Any]], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of the chosen models by name: those in the file at ``path``, and new ones, written to it one by one.
 
-    No model is started after ``minutes``.
+    No model is started after ``minutes``. ``measured`` gives a row, as `run` does, of which ``say`` makes a word.
     """
+    measured, say = measured or run, say or outcome
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     end = time.monotonic() + 60 * minutes
 
     def one(name: str) -> None:
         if time.monotonic() > end:
             return
-        row = run(name, seconds, gigabytes)
+        row = measured(name, seconds, gigabytes)
         rows[name] = row
-        print(f"{name}: {outcome(row)}, {row.get('wall', 0):.0f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {say(row)}, {row.get('wall', 0):.0f} s", file=sys.stderr, flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(dict(sorted(rows.items())), indent=1))
@@ -302,18 +311,24 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None, path: Path, gigabytes: float) -> argparse.ArgumentParser:
+    """The options of everything that measures all models, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="a regular expression on names")
-    parser.add_argument("--subset", choices=["all", "ci"], default="all")
-    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="rows are read from here and written to it")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=path, help="rows are read from here and written to it")
     parser.add_argument("--seconds", type=float, default=600, help="limit per model")
-    parser.add_argument("--memory", type=float, default=8, help="limit per model in GiB")
+    parser.add_argument("--memory", type=float, default=gigabytes, help="limit per model in GiB")
     parser.add_argument("--minutes", type=float, default=360, help="no model is started after this")
-    parser.add_argument("--again", action="store_true", help="measure the chosen models anew")
     parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    parser = options(__doc__, DEFAULT_JSON, 8)
+    parser.add_argument("--subset", choices=["all", "ci"], default="all")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="measure the chosen models anew")
     given = parser.parse_args()
     if given.one:
         work(given.one, given.memory, measure)
