@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import handlers
 
 from fxconv.axes import Size, as_size, is_static, quotient, same, shape_of
 from fxconv.kernel import Kernel
@@ -45,6 +47,16 @@ _EXACT_ATEN = {
 }
 _LINEAR_ATEN = {1: aten.upsample_linear1d.vec, 2: aten.upsample_bilinear2d.vec, 3: aten.upsample_trilinear3d.vec}
 _CUBIC_ATEN = {2: aten.upsample_bicubic2d.vec}
+_ARITHMETIC = {
+    "add": operator.add,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "python_mod": operator.mod,
+    "maximum": torch.sym_max,
+    "minimum": torch.sym_min,
+}
+"""The functions that sizes are computed by, under the names that torch's handlers of expressions have."""
 _LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -218,30 +230,18 @@ class Writer:
 
     def _arithmetic(self, expr: sympy.Expr, near: fx.Node) -> Any:
         """A size as arithmetic on sizes of the inputs."""
-        from torch.utils._sympy.functions import FloorDiv
-
         if expr.is_Integer:
             return int(expr)
         for s, node, d in self._known_sizes():
             if isinstance(times := quotient(s, expr), int):
-                return self._binary(operator.floordiv, self._sym_size(node, d), times)
-        if isinstance(expr, FloorDiv):
-            return self._binary(operator.floordiv, *(self.size(as_size(a), near) for a in expr.args))
-        if expr.is_Add or expr.is_Mul:
-            f = operator.add if expr.is_Add else operator.mul
-            parts = [self.size(as_size(a), near) for a in expr.args]
-            out = parts[0]
-            for p in parts[1:]:
-                out = self._binary(f, out, p)
-            return out
+                return self._on_sizes(operator.floordiv, self._sym_size(node, d), times)
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
-            base = out = self.size(as_size(expr.base), near)
-            for _ in range(int(expr.exp) - 1):
-                out = self._binary(operator.mul, out, base)
-            return out
-        raise ValueError(f"no input has the size {expr}")
+            return reduce(partial(self._on_sizes, operator.mul), [self.size(as_size(expr.base), near)] * int(expr.exp))
+        if (f := _ARITHMETIC.get(handlers().get(expr.func, ""))) is None:
+            raise ValueError(f"no input has the size {expr}")
+        return reduce(partial(self._on_sizes, f), [self.size(as_size(a), near) for a in expr.args])
 
-    def _binary(self, f: Any, a: Any, b: Any) -> Any:
+    def _on_sizes(self, f: Any, a: Any, b: Any) -> Any:
         if isinstance(a, int) and isinstance(b, int):
             return f(a, b)
         node = self.graph.call_function(f, (a, b))
