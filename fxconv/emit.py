@@ -54,6 +54,14 @@ class Emitted:
     """Kernels that the dtype of their parameter cannot hold, with the reason."""
 
 
+class UnwritableError(Exception):
+    """A value that could not be written; the cause is what was raised."""
+
+    def __init__(self, value: Value) -> None:
+        super().__init__(f"{value} can't be written")
+        self.value = value
+
+
 class Emitter:
     """Writes the state's redefined values into a copy of the captured graph."""
 
@@ -86,7 +94,10 @@ class Emitter:
         changed = [(v, n) for v, n in producers.items() if v in state.uses and not state.unchanged(v)]
         order = {n: i for i, n in enumerate(self.twins)}
         for v, original in sorted(changed, key=lambda c: order[c[1]]):
-            clusters.append(self._emit_cluster(v, original))
+            try:
+                clusters.append(self._emit_cluster(v, original))
+            except Exception as error:
+                raise UnwritableError(v) from error
         by_name = {n.name: n for n in self.gm.graph.nodes}
         for c in clusters:
             if not state.anchored(c.value):
@@ -126,9 +137,7 @@ class Emitter:
         w.base = f"{_stem(original)}_fused"
         w.dtype, w.device = val.dtype, val.device
         w.written = []
-        w.meta = {
-            key: original.meta[key] for key in ("stack_trace", "nn_module_stack", "source_fn_stack") if key in original.meta
-        }
+        w.meta = {key: original.meta[key] for key in ("stack_trace", "nn_module_stack", "source_fn_stack") if key in original.meta}
         w.meta["fxconv_replaces"] = original.name
         mode = getattr(val, "fake_mode", None)
         if mode is not None:

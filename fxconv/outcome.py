@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import fx
 
 from fxconv.capture import Captured, restore_inplace
 from fxconv.cost import Price
-from fxconv.emit import Cluster, Emitted, Emitter
+from fxconv.emit import Cluster, Emitted, Emitter, UnwritableError
 from fxconv.identities import remove_identities
 from fxconv.measure import Loser
 from fxconv.program import fake_mode_of, set_attribute
 from fxconv.search import Search
 from fxconv.state import State
 from fxconv.verify_cluster import Verdict
+
+logger = logging.getLogger("fxconv")
 
 Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
 
@@ -42,7 +45,20 @@ class Outcome:
 
 
 def emit(captured: Captured, state: State) -> Emitted:
-    """Write the state's graph anew, into a copy of the captured one."""
+    """Write the state's graph anew, into a copy of the captured one. What can't be written is restored."""
+    while True:
+        try:
+            return _written(captured, state)
+        except UnwritableError as error:  # the model comes out right without this rewrite, and the report says so
+            if error.value in state.unwritable:
+                raise
+            cause = error.__cause__
+            logger.warning("writing what replaces it raised at %s", state.originals[error.value].node, exc_info=cause)
+            state.unwritable[error.value] = f"writing it raised {type(cause).__name__}: {cause}"
+            state.restore(error.value)
+
+
+def _written(captured: Captured, state: State) -> Emitted:
     graph = copy.deepcopy(captured.gm.graph)
     gm = fx.GraphModule(captured.gm, graph, captured.gm.__class__.__name__)
     # A GraphModule copies what its graph reads; a program's signature may name more (num_batches_tracked).

@@ -53,6 +53,8 @@ class State(PricedValues):
     target_name: str | None = None
     folding: set[Value] = field(default_factory=set)
     roots: list[Value] = field(default_factory=list)
+    unwritable: dict[Value, str] = field(default_factory=dict)
+    """Values whose rewrites could not be written, with what was raised."""
     _log: list[_Change] = field(default_factory=list)
 
     def load(self, roots: Iterable[Value]) -> None:

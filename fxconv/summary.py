@@ -115,6 +115,9 @@ def remarks(outcome: Outcome) -> tuple[Remark, ...]:
     for cluster, reason in outcome.refused:
         laws = ", ".join(outcome.search.laws_of(cluster.value))
         out.setdefault((cluster.node, laws, reason), Remark("refused", cluster.node, laws, reason, "the dtype were wider"))
+    for v, reason in state.unwritable.items():
+        name, laws = state.originals[v].node.name, ", ".join(outcome.search.laws_of(v))
+        out[name, laws, reason] = Remark("refused", name, laws, reason)
     for v in state.forbidden():
         name = state.originals[v].node.name
         reason = f"target={state.target_name!r} forbids this operator, and no other form was found"

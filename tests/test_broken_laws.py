@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
-from torch import nn
+from helpers import kinds, randomise
+from torch import fx, nn
 
 import fxconv
 from fxconv import pricing
 from fxconv.expr import Map, Value
 from fxconv.law import Context, Joint, Law
+from fxconv.plan import Step
+from fxconv.writer import Writer
 
 
 def _raises(v: Value, context: Context) -> Iterator[Value]:
@@ -77,5 +79,29 @@ def test_what_cannot_be_priced_is_left_alone(monkeypatch: pytest.MonkeyPatch, ca
     report = fxconv.report(result)
     assert report.verified and len(report.applied) == 1
     assert any("raised AssertionError: layouts hold different slots" in m.reason for m in report.missed), report.missed
+    assert torch.allclose(result(x), model(x), atol=1e-5)
+    caplog.clear()
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+def test_what_cannot_be_written_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capture: str
+) -> None:
+    """The same where the graph is written: the rewrite is undone alone, and the report says what was raised."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 7, 3), nn.Conv2d(7, 5, 1)), 1)
+    x = torch.randn(2, 3, 8, 9)
+    write = Writer.write
+
+    def faulty(self: Writer, step: Step, node: fx.Node) -> fx.Node:
+        if step.weights and tuple(step.weights[0].shape)[:2] == (4, 3):
+            raise ValueError("no input has the size s0")
+        return write(self, step, node)
+
+    monkeypatch.setattr(Writer, "write", faulty)
+    result = fxconv.transform(model, x, capture=capture)
+    report = fxconv.report(result)
+    assert report.verified and kinds(result)["conv"] == 3
+    refused = [m for m in report.missed if m.reason == "writing it raised ValueError: no input has the size s0"]
+    assert len(refused) == 1, report.missed
     assert torch.allclose(result(x), model(x), atol=1e-5)
     caplog.clear()
