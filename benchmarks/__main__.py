@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: all)")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated (default: all)")
-    parser.add_argument(
-        "--threads", default=f"1,{torch.get_num_threads()}", help="comma-separated (default: 1 and all)"
-    )
+    parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}", help="comma-separated (default: 1 and all)")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each comparison (default: 6)")
     parser.add_argument("--json", default="benchmarks.json", metavar="FILE", help="where the numbers go")
     arguments = parser.parse_args(argv)
@@ -98,9 +96,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         versus = "peer ÷ fxconv in eager" if "against" in row else ""
         note = row.get("skipped") or versus
         out.append([row["model"], row["peer"], _ratio(row.get("alone")), _ratio(on_top), goal or "", reached, note])
-    return tabulate(
-        out, headers=["model", "peer", "alone", "on top", "by hand", "within 7 %", ""], disable_numparse=True
-    )
+    return tabulate(out, headers=["model", "peer", "alone", "on top", "by hand", "within 7 %", ""], disable_numparse=True)
 
 
 def _ratio(timing: dict[str, Any] | None) -> str:

@@ -233,9 +233,7 @@ def _compose_numbers(
     k2, k1 = outer.kernel.tensor(), inner.kernel.tensor()
     k2 = k2.to(k1.device) if k2.device != k1.device else k2
     letters = string.ascii_letters
-    equation = "{},{}->{}".format(
-        *("".join(letters[s] for s in subs if s >= 0) for subs in (subs2, subs1, subs_out))
-    )
+    equation = "{},{}->{}".format(*("".join(letters[s] for s in subs if s >= 0) for subs in (subs2, subs1, subs_out)))
     if not relations:
         if {*subs2, *subs1} <= {*subs_out}:  # nothing is summed: a scale
             return _spread(k2, subs2, subs_out) * _spread(k1, subs1, subs_out)

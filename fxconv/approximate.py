@@ -289,9 +289,7 @@ def _choose(
     def gain(layer: _Layer) -> float:
         full = layer.weight.numel() if objective == "macs" else layer.params
         scale = layer.positions / max(layer.samples, 1) if objective == "macs" else 1.0
-        return max(
-            ((full - _price(c, objective)) * scale / max(e, budget / 10) for c, e in layer.candidates), default=0.0
-        )
+        return max(((full - _price(c, objective)) * scale / max(e, budget / 10) for c, e in layer.candidates), default=0.0)
 
     for layer in layers:
         if layer.fit.count and layer.test.count:
@@ -358,9 +356,7 @@ def _report(
             "max_error": choice.error,
         }
         law = f"approximate: {c.family}, {c.detail}"
-        rewrites.append(
-            Rewrite(layer.name, (layer.name,), (layer.name,), (law,), full, now, verdict, layer.name, "approximate")
-        )
+        rewrites.append(Rewrite(layer.name, (layer.name,), (layer.name,), (law,), full, now, verdict, layer.name, "approximate"))
     verification = {
         "status": "not verifiable",
         "reason": f"approximate, as asked: error {total:.2e} on held-out calibration data (budget {budget:.2e})",

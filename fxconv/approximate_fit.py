@@ -89,8 +89,7 @@ def _energy(w: torch.Tensor, b: torch.Tensor, m: Moments) -> float:
 
 
 class Along(nn.Module):
-    """Convolutions along the last dim of ``(…, features)``, seen as ``channels`` rows; the result is flattened again.
-    """
+    """Convolutions along the last dim of ``(…, features)``, seen as ``channels`` rows; the result is flattened again."""
 
     def __init__(self, channels: int, layers: nn.Module) -> None:
         super().__init__()

@@ -124,9 +124,7 @@ def _spell_out(n: fx.Node, ask: fx.Node, alive: list[fx.Node], position: dict[fx
     graph.erase_node(ask)
 
 
-def _redirect(
-    n: fx.Node, question: fx.Node, dim: int | None, alive: list[fx.Node], position: dict[fx.Node, int]
-) -> None:
+def _redirect(n: fx.Node, question: fx.Node, dim: int | None, alive: list[fx.Node], position: dict[fx.Node, int]) -> None:
     wanted = shape_of(n.meta["val"])
     first_user = min((position[u] for u in question.users if u in position), default=-1)
     for other in alive:

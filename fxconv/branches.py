@@ -188,9 +188,7 @@ def _to_common_atoms(branches: Sequence[Branch]) -> tuple[list[Raw], Splits, Spl
                     joint[k] = fine if fine else joint[k]
         done = True
         for n, (i_splits, o_splits) in enumerate(have):
-            if all(a == b for a, b in zip(i_splits, ins, strict=True)) and all(
-                a == b for a, b in zip(o_splits, outs, strict=True)
-            ):
+            if all(a == b for a, b in zip(i_splits, ins, strict=True)) and all(a == b for a, b in zip(o_splits, outs, strict=True)):
                 continue
             done = False
             result = refine(raws[n], _relative(i_splits, ins), _relative(o_splits, outs))
@@ -341,5 +339,3 @@ def _widen(m: Raw, o: int, window: Window) -> Raw:
     step = old.dilation // new.dilation if old.taps > 1 else 1
     k = kernels.placed(m.kernel, position, new.taps, start, step)
     return Raw(m.in_sizes, (*m.roles[:o], window, *m.roles[o + 1 :]), k)
-
-

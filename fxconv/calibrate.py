@@ -235,12 +235,7 @@ def _fit_kind(rows: list[tuple[tuple[float, ...], float]]) -> Rates:
             continue
         part = a[:, columns]
         size = part.norm(dim=0)
-        x = (
-            torch.linalg.lstsq(part / size, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd").solution[
-                :, 0
-            ]
-            / size
-        )
+        x = torch.linalg.lstsq(part / size, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd").solution[:, 0] / size
         if bool((x < 0).any()):
             continue
         error = float((part @ x - 1).square().sum())
@@ -284,8 +279,7 @@ def local_profile() -> Profile:
         return from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OptionError(
-            f"this machine was not measured with {torch.get_num_threads()} thread(s): run `fxconv calibrate`, "
-            f"which writes {file}"
+            f"this machine was not measured with {torch.get_num_threads()} thread(s): run `fxconv calibrate`, which writes {file}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(f"{file} does not hold a profile: run `fxconv calibrate` again") from error

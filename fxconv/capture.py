@@ -72,9 +72,7 @@ def capture(
 # ----------------------------------------------------------------- with example inputs
 
 
-def _with_args(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, mode: str
-) -> Captured:
+def _with_args(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, mode: str) -> Captured:
     expected = expected_output(model, args, kwargs)
     hooked = hooked_modules(model)
     taken, free = _free_channels(model, args, kwargs) if dynamic_shapes is None else (frozenset[int](), frozenset[int]())
@@ -83,9 +81,7 @@ def _with_args(
         for plan in plans(args, kwargs, dynamic_shapes, free)
     ]
     whole = mode == "auto"
-    symbolic: list[_Attempt] = [
-        ("symbolic", lambda: symbolic_module(model, args, kwargs, dynamic_shapes, expected, whole, free))
-    ]
+    symbolic: list[_Attempt] = [("symbolic", lambda: symbolic_module(model, args, kwargs, dynamic_shapes, expected, whole, free))]
     # Export traces a hook's effect on values and loses its side effects; as a leaf module a hooked one keeps both.
     order = {"export": export, "symbolic": symbolic}.get(mode, [*symbolic, *export] if hooked else [*export, *symbolic])
     failures: list[str] = []
@@ -188,9 +184,7 @@ def _check_batch_of_one(model: nn.Module, captured: Captured) -> None:
         captured.notes.append(f"the batch must be 2 or more: at 1 the model does something else ({problem})")
 
 
-def _free_channels(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[frozenset[int], frozenset[int]]:
+def _free_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[frozenset[int], frozenset[int]]:
     """The leaves, among images and volumes, that the model takes with some other number of channels, and with any.
 
     The second are those whose channels neither weights nor indices fix.

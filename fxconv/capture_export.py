@@ -45,9 +45,7 @@ class Plan:
     free: frozenset[int] = frozenset()
 
 
-def plans(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, free: frozenset[int] = frozenset()
-) -> list[Plan]:
+def plans(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, free: frozenset[int] = frozenset()) -> list[Plan]:
     double = shapes.needs_doubling(args, kwargs, dynamic_shapes)
     repeated = "captured at batch 2 (export specialises a batch of 1)" if double else ""
     if dynamic_shapes is not None:
@@ -281,8 +279,4 @@ def from_program(program: ExportedProgram, args: tuple[Any, ...] | None, kwargs:
     def rebuild(rewritten: fx.GraphModule) -> ExportedProgram:
         return relift(rewritten, program, plain.gm, layout)
 
-    return Captured(
-        plain.gm, "aten", "export", args or (), kwargs, rebuild, plain.notes, plain.barriers
-    )
-
-
+    return Captured(plain.gm, "aten", "export", args or (), kwargs, rebuild, plain.notes, plain.barriers)

@@ -210,9 +210,7 @@ def _approximate(arguments: argparse.Namespace) -> int:
     source = _load(arguments.source, arguments)
     batches = _calibration(arguments, source)
     log.info("fitting")
-    result = approximate(
-        source.model, calibration=batches, max_error=arguments.max_error, objective=arguments.objective
-    )
+    result = approximate(source.model, calibration=batches, max_error=arguments.max_error, objective=arguments.objective)
     report = dataclasses.replace(read(result), model=source.name)
     if arguments.out:
         _write_result(arguments, result, source, report)

@@ -28,9 +28,7 @@ def map_constant(m: Map, c: Const) -> Const | str:
     r = raw(m)
     if c.kernel.uniform == 0.0:
         return Const(r.out_sizes, (False,) * len(r.roles), kernels.uniform((), 0.0))
-    resampled = {
-        o for o, role in enumerate(r.roles) if isinstance(role, Resample) and c.varies[role.src]
-    }
+    resampled = {o for o, role in enumerate(r.roles) if isinstance(role, Resample) and c.varies[role.src]}
     if resampled:
         dense = densify_resampling(r, resampled)
         if isinstance(dense, str):
@@ -73,9 +71,7 @@ def map_constant(m: Map, c: Const) -> Const | str:
         source = kernel
         shape = tuple(s for d, s in enumerate(source.shape) if d not in dims)
         factor = counts
-        kernel = kernels.derive(
-            shape, ("sum", dims, factor), (source,), lambda: source.tensor().sum(dims) * factor
-        )
+        kernel = kernels.derive(shape, ("sum", dims, factor), (source,), lambda: source.tensor().sum(dims) * factor)
     # What remains varies: compose with the constant as a map from nothing whose rows are its values.
     slots = [i for i in range(len(varies)) if i not in flat_inputs]
     renumber = {i: k for k, i in enumerate(slots)}
@@ -85,9 +81,7 @@ def map_constant(m: Map, c: Const) -> Const | str:
         kernel,
     )
     phantom = [i for i in slots if not varies[i]]
-    inner_roles: list[Role] = [
-        New(c.sizes[i]) if varies[i] else Kept(phantom.index(i)) for i in slots
-    ]
+    inner_roles: list[Role] = [New(c.sizes[i]) if varies[i] else Kept(phantom.index(i)) for i in slots]
     inner = Raw(tuple(c.sizes[i] for i in phantom), tuple(inner_roles), c_kernel)
     composed = compose_raw(outer, list(range(len(slots))), inner)
     if isinstance(composed, str):
@@ -108,9 +102,7 @@ def _constant_taps(f: Filter, n_in: Size, n_out: Size, uniform_kernel: bool) -> 
     for n in trial:
         size = f.out_size(n) if not is_static(n_out) else int(n_out)
         for o in range(size):
-            seen.add(
-                sum((j := o * f.down + t * f.dilation - f.offset) % f.up == 0 and 0 <= j < f.up * n for t in range(f.taps))
-            )
+            seen.add(sum((j := o * f.down + t * f.dilation - f.offset) % f.up == 0 and 0 <= j < f.up * n for t in range(f.taps)))
     return seen.pop() if len(seen) == 1 else 0
 
 

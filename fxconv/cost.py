@@ -110,6 +110,7 @@ def _rates(us: float, gmacs: float = 0, read: float = 0, written: float = 0, wei
     """Rates in µs, GMAC/s and GB/s; 0 is what costs nothing."""
     return Rates(us * 1e-6, *(x * 1e9 if x else math.inf for x in (gmacs, read, written, weights)))
 
+
 CPU = Profile(
     "x86-64 CPU",
     {

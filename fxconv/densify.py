@@ -110,8 +110,7 @@ def densify(model: nn.Module, x: torch.Tensor, *, verify: bool = True) -> fx.Gra
         model=type(model).__name__,
         capture=Capture(captured.how, tuple(captured.notes)),
         rewrites=tuple(
-            replace(r, before=before.of(r.nodes), after=after.of(r.new_nodes), verdict={"status": status})
-            for r in slider.rewrites
+            replace(r, before=before.of(r.nodes), after=after.of(r.new_nodes), verdict={"status": status}) for r in slider.rewrites
         ),
         advice=tuple(advice),
         cost_before=before.total,
@@ -396,9 +395,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 # -- Verification -----------------------------------------------------------------------------------------------------
 
 
-def window_scores(
-    model: nn.Module, image: torch.Tensor, window: tuple[int, ...], stride: tuple[int, ...]
-) -> torch.Tensor:
+def window_scores(model: nn.Module, image: torch.Tensor, window: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """The model on each window of an image, ``(N, K, *map)``: what a densified one should give."""
     counts = [(n - w) // s + 1 for n, w, s in zip(image.shape[2:], window, stride, strict=True)]
     out = []
@@ -408,9 +405,7 @@ def window_scores(
     return torch.stack(out, -1).reshape(*out[0].shape, *counts)
 
 
-def _verify(
-    model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slider
-) -> tuple[dict[str, Any], list[Remark]]:
+def _verify(model: nn.Module, gm: fx.GraphModule, x: torch.Tensor, slider: _Slider) -> tuple[dict[str, Any], list[Remark]]:
     small = sum(p.numel() for p in model.parameters()) <= _DOUBLE
     dtype = torch.float64 if small else x.dtype
     original = copy.deepcopy(model).to(dtype) if small else model
@@ -427,9 +422,7 @@ def _verify(
         raise VerificationError(f"at the training size the densified model differs by {at_home:.1e} of the scores")
     result = {"status": "verified", "error": at_home, "dtype": str(dtype).removeprefix("torch.")}
     if got.shape != expected.shape and not slider.padded:
-        raise VerificationError(
-            f"the map has shape {tuple(got.shape)}, one score per window has {tuple(expected.shape)}"
-        )
+        raise VerificationError(f"the map has shape {tuple(got.shape)}, one score per window has {tuple(expected.shape)}")
     where = "×".join(map(str, larger))
     if not slider.padded:
         away = _difference(expected, got)

@@ -114,9 +114,7 @@ class Map:
         if len(set(sources)) != len(sources) or any(not 0 <= s < self.x.rank for s in sources):
             raise ValueError(f"roles {self.roles} do not name distinct slots of {self.x}")
         expected = kernel_shape(self.roles, self.x.sizes)
-        if len(expected) != len(self.kernel.shape) or not all(
-            same(a, b) for a, b in zip(expected, self.kernel.shape, strict=True)
-        ):
+        if len(expected) != len(self.kernel.shape) or not all(same(a, b) for a, b in zip(expected, self.kernel.shape, strict=True)):
             raise ValueError(f"roles {self.roles} on {self.x} need a kernel {expected}, not {self.kernel.shape}")
 
     @cached_property
@@ -275,11 +273,7 @@ def identity_map(x: Value) -> Map:
 
 def is_identity(node: Node) -> bool:
     """A map that changes nothing (its value is its operand)."""
-    return (
-        isinstance(node, Map)
-        and node.kernel.uniform == 1.0
-        and node.roles == tuple(Kept(i) for i in range(node.x.rank))
-    )
+    return isinstance(node, Map) and node.kernel.uniform == 1.0 and node.roles == tuple(Kept(i) for i in range(node.x.rank))
 
 
 def is_selection(node: Node) -> bool:

@@ -107,7 +107,9 @@ def mutated_argument(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
         mutates = (
             target in _OPERATORS
             or target is operator.setitem
-            or getattr(torch.Tensor, name, None) is target and name.endswith("_") and not name.endswith("__")
+            or getattr(torch.Tensor, name, None) is target
+            and name.endswith("_")
+            and not name.endswith("__")
             or bool(node.kwargs.get("inplace", False))
             or (name.endswith("_") and not name.endswith("__") and hasattr(torch, name))
         )

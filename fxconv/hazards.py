@@ -45,8 +45,7 @@ def check_model(model: Any) -> None:
         )
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         raise CaptureError(
-            "torch.autocast is active, and would bake its casts into the graph: transform outside of it, and run the "
-            "result inside"
+            "torch.autocast is active, and would bake its casts into the graph: transform outside of it, and run the result inside"
         )
     if not isinstance(model, nn.Module):
         raise NotAModuleError(

@@ -104,9 +104,7 @@ class Judge:
         for run in runs:
             reference, own = run.original64[k].shape, run.original[k].shape
             if reference != own:
-                return (
-                    f"its size hangs on rounding: {tuple(reference)} in float64, {tuple(own)} in {_short(self.dtype)}"
-                )
+                return f"its size hangs on rounding: {tuple(reference)} in float64, {tuple(own)} in {_short(self.dtype)}"
         return ""
 
     def _floats(self, name: str, k: int, runs: Sequence[Run]) -> OutputError:

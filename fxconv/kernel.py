@@ -100,9 +100,7 @@ def forget() -> None:
         k._value = None
 
 
-def derive(
-    shape: Sequence[Size], spec: Hashable, parents: Sequence[Kernel], thunk: Thunk, uniform: float | None = None
-) -> Kernel:
+def derive(shape: Sequence[Size], spec: Hashable, parents: Sequence[Kernel], thunk: Thunk, uniform: float | None = None) -> Kernel:
     """A kernel computed from others; the same spec and parents give the same object."""
     shape, parents = tuple(shape), tuple(parents)
     # Parents are held by the kernel, so their ids stay theirs as long as the entry lives.
@@ -254,5 +252,3 @@ def concatenate(kernels: Sequence[Kernel], dim: int) -> Kernel:
     shape = list(kernels[0].shape)
     shape[dim] = sum(int(k.shape[dim]) for k in kernels)
     return derive(shape, ("cat", dim), kernels, lambda: torch.cat([k.tensor() for k in kernels], dim))
-
-

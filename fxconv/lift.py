@@ -180,5 +180,3 @@ class Lifter:
 def lift(gm: fx.GraphModule, barriers: Mapping[str, str]) -> Lifted:
     """Lift a captured graph (functional, with ``meta["val"]`` on its nodes)."""
     return Lifter(gm, barriers).run()
-
-

@@ -117,9 +117,7 @@ def broadcast(ref: Ref, shape: tuple[Size, ...]) -> Ref:
     """A tensor expanded to a shape: new slots along which the map is 1."""
     lead = len(shape) - len(ref.dims)
     grown = [
-        d
-        for d, s in enumerate(shape)
-        if s != 1 and (d < lead or (not ref.dims[d - lead] and not same(ref.shape[d - lead], s)))
+        d for d, s in enumerate(shape) if s != 1 and (d < lead or (not ref.dims[d - lead] and not same(ref.shape[d - lead], s)))
     ]
     if not grown:
         return Ref(ref.value, ((),) * lead + ref.dims)
@@ -385,5 +383,3 @@ def operand_constant(lifter: Lifter, operand: Operand, what: str) -> kernels.Ker
     if not lifter.is_constant(operand):
         raise LiftError(f"{what} is computed from activations")
     return lifter.kernel(operand)
-
-

@@ -264,5 +264,3 @@ def _einsum(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     if len(terms) == 1:
         return contract(ref, terms[0], kernels.uniform((), 1.0), "", out)
     return contract(ref, terms[i], lifter.kernel(op.inputs[1 - i]), terms[1 - i], out)
-
-

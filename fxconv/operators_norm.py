@@ -121,8 +121,6 @@ def _shifted(ref: Ref, k: kernels.Kernel, along: list[int]) -> Ref:
     """The tensor plus a constant that varies along the given dims."""
     x = ref.value
     slots = [s for d in along for s in ref.dims[d]]
-    k = kernels.permute(
-        kernels.reshape(k, [x.sizes[s] for s in slots]), sorted(range(len(slots)), key=lambda i: slots[i])
-    )
+    k = kernels.permute(kernels.reshape(k, [x.sizes[s] for s in slots]), sorted(range(len(slots)), key=lambda i: slots[i]))
     varies = tuple(i in slots for i in range(x.rank))
     return Ref(make_sum([x, Value(Const(x.sizes, varies, k))]), ref.dims)

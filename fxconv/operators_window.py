@@ -28,9 +28,7 @@ def along_dims(ref: Ref, new_roles: dict[int, Role | None], kernel: kernels.Kern
     ``new_roles`` gives per dim the role of its (only) slot; its ``src`` is filled in. None stands for a dim of size 1
     that stays as it is.
     """
-    wanted: list[Sequence[Size] | None] = [
-        (ref.shape[d],) if new_roles.get(d) is not None else None for d in range(len(ref.dims))
-    ]
+    wanted: list[Sequence[Size] | None] = [(ref.shape[d],) if new_roles.get(d) is not None else None for d in range(len(ref.dims))]
     x, slots = arrange(ref, wanted)
     roles: list[Role] = []
     dims: list[tuple[int, ...]] = []
@@ -132,9 +130,7 @@ def _mean(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     keepdim = bool(op.attrs["keepdim"])
     averaged = [s for d in dims for s in ref.dims[d]]
     x = ref.value
-    roles: list[Role] = [
-        Resample(i, "adaptive_avg", (), 1) if i in averaged else Kept(i) for i in range(x.rank)
-    ]
+    roles: list[Role] = [Resample(i, "adaptive_avg", (), 1) if i in averaged else Kept(i) for i in range(x.rank)]
     out = make_map(x, roles, kernels.uniform((), 1.0))
     out_dims = tuple(() if d in dims else ref.dims[d] for d in range(len(ref.dims)) if keepdim or d not in dims)
     result = Ref(out, out_dims)
@@ -422,9 +418,7 @@ def _im2col(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     ref = lifter.ref(op.inputs[0])
     a = op.attrs
     n = [ref.shape[2], ref.shape[3]]
-    filters = [
-        conv_filter(a["kernel"][i], a["stride"][i], a["padding"][i], a["padding"][i], a["dilation"][i]) for i in range(2)
-    ]
+    filters = [conv_filter(a["kernel"][i], a["stride"][i], a["padding"][i], a["padding"][i], a["dilation"][i]) for i in range(2)]
     sizes = [f.out_size(s) for f, s in zip(filters, n, strict=True)]
     x, slots = arrange(ref, [None, None, (n[0],), (n[1],)])
     kept = [Kept(s) for d in slots[:2] for s in d]
@@ -456,5 +450,3 @@ def _tensor_unfold(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     out = make_map(x, [*roles, New(size)], kernels.literal(torch.eye(size, dtype=torch.float64)))
     dims = (*(tuple(s) for s in slots), (x.rank,))
     return Ref(out, tuple(_without_ones(t, out.sizes) for t in dims))
-
-

@@ -155,8 +155,7 @@ class Options:
                 base = cls.from_toml(options)
             case _:
                 raise OptionError(
-                    f"options is a {type(options).__name__}: give fxconv.Options, a dictionary or the path of a TOML "
-                    "file"
+                    f"options is a {type(options).__name__}: give fxconv.Options, a dictionary or the path of a TOML file"
                 )
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         changed = {}

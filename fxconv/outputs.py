@@ -33,9 +33,7 @@ class ErrorRow:
     noise: float
 
 
-def errors_of(
-    reference: torch.Tensor, others: Sequence[torch.Tensor], samples: int, top: float, name: str
-) -> Iterator[ErrorRow]:
+def errors_of(reference: torch.Tensor, others: Sequence[torch.Tensor], samples: int, top: float, name: str) -> Iterator[ErrorRow]:
     """Errors of the original, the result, the result in float64 and the perturbed original, per sample and norm."""
     if reference.numel() == 0:
         return

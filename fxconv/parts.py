@@ -51,9 +51,7 @@ class _Calls:
     signatures: list[Any] = field(default_factory=list)
 
 
-def capture_parts(
-    model: nn.Module, args: Any, kwargs: dict[str, Any] | None = None, *, mode: str = "auto"
-) -> Parts:
+def capture_parts(model: nn.Module, args: Any, kwargs: dict[str, Any] | None = None, *, mode: str = "auto") -> Parts:
     """The maximal children of ``model`` that can be captured, in the order in which they are defined.
 
     Args:
@@ -99,15 +97,11 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _signature(args: Any, kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    described = [
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)[:100] for leaf in leaves
-    ]
+    described = [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)[:100] for leaf in leaves]
     return str(spec), tuple(described)
 
 
-def _descend(
-    parent: nn.Module, prefix: str, recorded: Mapping[str, _Calls], found: Parts, mode: str, seen: set[int]
-) -> None:
+def _descend(parent: nn.Module, prefix: str, recorded: Mapping[str, _Calls], found: Parts, mode: str, seen: set[int]) -> None:
     for child_name, child in parent.named_children():
         name = f"{prefix}.{child_name}" if prefix else child_name
         if id(child) in seen or not any(True for _ in child.parameters()):

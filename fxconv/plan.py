@@ -271,15 +271,14 @@ def _plan_scale(m: Map, layout: Layout, bias: Const | None) -> list[Plan]:
         split.append(tuple(part))
     chain.to(split)
     axis = axis_positions(m)
-    weights: list[Kernel] = [broadcast_kernel(m.kernel, [axis[rename[i]] for i in _in_order(split, shared)],
-                                              split, shared, m.x.sizes)]
+    weights: list[Kernel] = [
+        broadcast_kernel(m.kernel, [axis[rename[i]] for i in _in_order(split, shared)], split, shared, m.x.sizes)
+    ]
     attrs: dict[str, Any] = {}
     if bias is not None:
         order = [o for o, v in enumerate(bias.varies) if v]
         weights.append(
-            broadcast_kernel(
-                bias.kernel, [order.index(rename[i]) for i in _in_order(split, varying)], split, varying, m.x.sizes
-            )
+            broadcast_kernel(bias.kernel, [order.index(rename[i]) for i in _in_order(split, varying)], split, varying, m.x.sizes)
         )
         attrs["bias"] = True
     chain.add("scale", chain.shape(), weights=weights, macs=0, **attrs)

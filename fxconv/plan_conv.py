@@ -287,9 +287,7 @@ def _emit_transposed(
     weight = kernels.permute(k, (0, 2, 1, *range(3, 3 + len(taps))))
     weight = kernels.reshape(weight, (group_count * width, rows, *taps))
     weight = kernels.flip(weight, range(2, 2 + len(taps)))
-    full = [
-        out_sizes[i] if crops[i] == (0, 0) else _less(out_sizes[i], -(crops[i][0] - crops[i][1])) for i in range(len(taps))
-    ]
+    full = [out_sizes[i] if crops[i] == (0, 0) else _less(out_sizes[i], -(crops[i][0] - crops[i][1])) for i in range(len(taps))]
     chain.add(
         "conv_transpose",
         [lead[0], group_count * rows, *full],
@@ -307,5 +305,3 @@ def _emit_transposed(
             shape[2 + i] = out_sizes[i]
             chain.add("slice", shape, dim=2 + i, start=start, end=end if end < 0 else None, step=1)
     return True
-
-

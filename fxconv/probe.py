@@ -129,9 +129,7 @@ class Sizes:
         seen: list[dict[sympy.Symbol, int]] = []
         hints = {s: self.symbols[s][2] for s in self.spatial}
         for scale in (1, 2, 4, 8):
-            least = {
-                s: self._least(s, scale * _TARGETS[which][i % 2] + 2 * (i // 2)) for i, s in enumerate(self.spatial)
-            }
+            least = {s: self._least(s, scale * _TARGETS[which][i % 2] + 2 * (i // 2)) for i, s in enumerate(self.spatial)}
             for divisor in (1, 2, 3, 4, 5, 7, 8, 14, 16, 28, 32, 64):
                 if any(h % divisor for h in hints.values()):
                     continue
@@ -192,9 +190,7 @@ class Numbers:
         return self._drawn[start : start + count].clone()
 
 
-def draw(
-    inputs: Sequence[InputSpec], values: Values, kinds: Sequence[str], numbers: Numbers, device: torch.device
-) -> list[Any]:
+def draw(inputs: Sequence[InputSpec], values: Values, kinds: Sequence[str], numbers: Numbers, device: torch.device) -> list[Any]:
     """Float64 tensors whose rows (dim 0), in equal shares, are of these kinds; a number for each symint.
 
     The tensors take stretches of ``numbers`` one after the other, from the first on.

@@ -255,9 +255,7 @@ def still_held(layout: Layout, reads: Collection[str], source: fx.GraphModule) -
     return [name for name in layout.state if name in reads or tensors[name] in now or tensors[name] not in before]
 
 
-def relift(
-    gm: fx.GraphModule, program: ExportedProgram, source: fx.GraphModule, layout: Layout
-) -> ExportedProgram:
+def relift(gm: fx.GraphModule, program: ExportedProgram, source: fx.GraphModule, layout: Layout) -> ExportedProgram:
     """An ExportedProgram that computes ``gm``, with the call signature and the dynamic shapes of ``program``.
 
     ``source`` is the graph module as it was unlifted: what its graph did not read is taken from it.
@@ -288,8 +286,10 @@ def relift(
             if spec is None and name in layout.state and name not in reads:
                 (constants if name in layout.tensors | layout.non_persistent else state)[target] = value
                 continue
-            kind = spec.kind if spec is not None else (
-                InputKind.PARAMETER if isinstance(value, nn.Parameter) else InputKind.CONSTANT_TENSOR
+            kind = (
+                spec.kind
+                if spec is not None
+                else (InputKind.PARAMETER if isinstance(value, nn.Parameter) else InputKind.CONSTANT_TENSOR)
             )
             prefix = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b"}.get(kind, "c")
             placeholder_name = spec.arg.name if spec is not None else f"{prefix}_{target.replace('.', '_')}"

@@ -220,8 +220,7 @@ def _remarks(remarks: Sequence[Remark], verbose: bool) -> str:
 def _rolled_back(rewrites: Sequence[Rewrite], verbose: bool) -> list[str]:
     """One paragraph each, never grouped: each is a rewrite that would have been wrong."""
     lines = [
-        f"rolled back: {r.where or r.name} ({' > '.join(r.laws)}): {r.verdict.get('reason') or 'not confirmed'}"
-        for r in rewrites
+        f"rolled back: {r.where or r.name} ({' > '.join(r.laws)}): {r.verdict.get('reason') or 'not confirmed'}" for r in rewrites
     ]
     if verbose or len(lines) <= GROUPS:
         return lines

@@ -235,9 +235,7 @@ class Report:
     @property
     def verified(self) -> bool:
         """True when the whole model was compared with the original and every rewrite in it was proved or confirmed."""
-        return self.verification["status"] == "verified" and all(
-            r.status in ("proved", "confirmed") for r in self.applied
-        )
+        return self.verification["status"] == "verified" and all(r.status in ("proved", "confirmed") for r in self.applied)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary (str, numbers, lists, dicts) that `from_dict` turns back into an equal report."""
@@ -255,8 +253,7 @@ class Report:
         d = {k: v for k, v in data.items() if k != "schema"}
         d["capture"] = _build(Capture, d.get("capture", {}), notes=tuple)
         d["rewrites"] = tuple(
-            _build(Rewrite, r, before=_cost, after=_cost, nodes=tuple, new_nodes=tuple, laws=tuple)
-            for r in d.get("rewrites", ())
+            _build(Rewrite, r, before=_cost, after=_cost, nodes=tuple, new_nodes=tuple, laws=tuple) for r in d.get("rewrites", ())
         )
         for name in ("missed", "advice"):
             d[name] = tuple(_build(Remark, r) for r in d.get(name, ()))

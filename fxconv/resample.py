@@ -44,9 +44,7 @@ def matrix(kind: str, parameters: tuple[Any, ...], n_in: int, n_out: int) -> tor
         if scale is None:
             out = F.interpolate(image, size=(1, n_out), mode=mode, align_corners=align)
         else:
-            out = F.interpolate(
-                image, scale_factor=(1.0, scale), mode=mode, align_corners=align, recompute_scale_factor=False
-            )
+            out = F.interpolate(image, scale_factor=(1.0, scale), mode=mode, align_corners=align, recompute_scale_factor=False)
         out = out[:, :, 0, :]
     else:
         raise ValueError(f"unknown resampling {kind!r}")

@@ -175,9 +175,7 @@ def _bisect(model: Any, captured: Captured, options: Options, outcome: Outcome) 
     return bisect(passes, len(clusters))
 
 
-def _accusation(
-    verdict: ModelVerdict, guilty: list[Cluster], captured: Captured, options: Options, outcome: Outcome
-) -> str:
+def _accusation(verdict: ModelVerdict, guilty: list[Cluster], captured: Captured, options: Options, outcome: Outcome) -> str:
     """Which rewrites are to blame, and a script that runs the smallest of them."""
     cutter = Cutter(outcome.state, captured.gm, outcome.emitted)
     pair = min((cutter.cut(c) for c in guilty), key=lambda p: len(p.nodes))

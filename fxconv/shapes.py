@@ -93,9 +93,7 @@ def _dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes
 def image_dims(inputs: Any) -> set[tuple[int, int]]:
     """(leaf index, dim) of the heights and widths among the inputs."""
     leaves = pytree.tree_leaves(inputs)
-    return {
-        (i, d) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.dim() > 3 for d in range(2, v.dim())
-    }
+    return {(i, d) for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.dim() > 3 for d in range(2, v.dim())}
 
 
 def enlarged(args: Any, kwargs: Any, dims: set[tuple[int, int]], factor: int) -> tuple[Any, Any]:
@@ -409,9 +407,7 @@ def _required_inputs(model: nn.Module) -> int:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return 1
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return max(1, len(required))
 
 

@@ -344,9 +344,7 @@ def _factory(module_name: str, path: str) -> Source:
         raise FxconvError(f"{module_name}:{path}() raised {type(error).__name__}: {error}") from error
     model, args = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module | ExportedProgram):
-        raise NotAModuleError(
-            f"{module_name}:{path} gave a {type(model).__name__}: it must give an nn.Module, or (module, args)"
-        )
+        raise NotAModuleError(f"{module_name}:{path} gave a {type(model).__name__}: it must give an nn.Module, or (module, args)")
     if args is not None and not isinstance(args, tuple):
         args = (args,)
     if args is None and isinstance(model, ExportedProgram):
@@ -382,8 +380,7 @@ def _onnx(path: str) -> Source:
         raise FxconvError(f"{path!r} is not a model that ONNX Runtime can load: {error}") from error
     shapes = [
         # A dim with a name is dynamic: 2 is the smallest size that is not special.
-        "x".join(str(s if isinstance(s, int) else 2) for s in shape)
-        + f":{_ONNX_DTYPES.get(kind, 'float32')}"
+        "x".join(str(s if isinstance(s, int) else 2) for s in shape) + f":{_ONNX_DTYPES.get(kind, 'float32')}"
         for _, shape, kind in model.inputs
     ]
     return Source(path, model, parse_inputs(",".join(shapes)))

@@ -86,9 +86,7 @@ def permute(c: Context, input: Any, *dims: Any, **kwargs: Any) -> Op:
 
 
 @spelling("transpose", "swapaxes", "swapdims", "transpose_copy")
-def transpose(
-    c: Context, input: Any, dim0: Any = None, dim1: Any = None, axis0: Any = None, axis1: Any = None
-) -> Op:
+def transpose(c: Context, input: Any, dim0: Any = None, dim1: Any = None, axis0: Any = None, axis1: Any = None) -> Op:
     a = c.dim(input, dim0 if axis0 is None else axis0)
     b = c.dim(input, dim1 if axis1 is None else axis1)
     order = list(range(c.rank(input)))
@@ -203,9 +201,7 @@ def select(c: Context, input: Any, dim: Any, index: Any) -> Op:
 
 
 @spelling("slice_scatter")
-def slice_scatter(
-    c: Context, input: Any, src: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> Op:
+def slice_scatter(c: Context, input: Any, src: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Op:
     dim = c.dim(input, dim)
     bounds = slice_bounds(c, c.tensor(input).shape[dim], start, end, step)
     if bounds is None:
@@ -470,9 +466,7 @@ def channel_shuffle(c: Context, input: Any, groups: Any) -> Op:
 
 
 @spelling("F.unfold", "aten.im2col")
-def im2col(
-    c: Context, input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
-) -> Op | Barrier:
+def im2col(c: Context, input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Op | Barrier:
     if c.rank(input) != 4:
         return Barrier(f"unbatched unfold input of rank {c.rank(input)}")
     return c.make(
@@ -487,9 +481,7 @@ def im2col(
 
 @spelling("method.unfold", "aten.unfold", "aten.unfold_copy")
 def tensor_unfold(c: Context, input: Any, dimension: Any, size: Any, step: Any) -> Op:
-    return c.make(
-        "tensor_unfold", (input,), dim=c.dim(input, dimension), size=c.integer(size), step=c.integer(step)
-    )
+    return c.make("tensor_unfold", (input,), dim=c.dim(input, dimension), size=c.integer(size), step=c.integer(step))
 
 
 # ----------------------------------------------------------------- nothing happens

@@ -73,9 +73,7 @@ def convolution(
     c: Context, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: Any,
     output_padding: Any, groups: Any,
 ) -> Op:  # fmt: skip
-    return make_conv(
-        c, input, weight, bias, stride, padding, dilation, groups, c.boolean(transposed), output_padding
-    )
+    return make_conv(c, input, weight, bias, stride, padding, dilation, groups, c.boolean(transposed), output_padding)
 
 
 @spelling("linear")
@@ -108,9 +106,7 @@ def einsum(c: Context, equation: Any, *operands: Any, path: Any = None, tensors:
 # ----------------------------------------------------------------- norms
 
 
-def make_batch_norm(
-    c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, eps: float
-) -> Op | Barrier:
+def make_batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, eps: float) -> Op | Barrier:
     if c.boolean(training) or mean is None or var is None:
         return Barrier("BatchNorm on batch statistics (training=True or track_running_stats=False)")
     return c.make("batch_norm", (x, weight, bias, mean, var), eps=float(eps))
@@ -305,9 +301,7 @@ def upsample_nearest(
     c: Context, input: Any, output_size: Any = None, *scales: Any, scale_factors: Any = None,
     scales_d: Any = None, scales_h: Any = None, scales_w: Any = None,
 ) -> Op:  # fmt: skip
-    return make_interpolate(
-        c, input, _MODES[c.opname[:-2]], False, _scales(c, scales, scale_factors, scales_d, scales_h, scales_w)
-    )
+    return make_interpolate(c, input, _MODES[c.opname[:-2]], False, _scales(c, scales, scale_factors, scales_d, scales_h, scales_w))
 
 
 @spelling("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten.upsample_trilinear3d")

@@ -82,9 +82,7 @@ def _adaptive_avg_pool(c: Context, m: Any, name: str, x: Any) -> Op | Barrier:
 
 
 def _upsample(c: Context, m: Any, name: str, x: Any) -> Op | Barrier:
-    return interpolate(
-        c, x, m.size, m.scale_factor, m.mode, m.align_corners, getattr(m, "recompute_scale_factor", None)
-    )
+    return interpolate(c, x, m.size, m.scale_factor, m.mode, m.align_corners, getattr(m, "recompute_scale_factor", None))
 
 
 def _pad(mode: str) -> ModuleHandler:

@@ -81,5 +81,3 @@ def _copy_modules_only(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         copies[id(module)].__dict__ = {key: redirect(value) for key, value in vars(module).items()}
     return copies[id(model)]
-
-

@@ -185,11 +185,7 @@ def _shifts_of(w: torch.Tensor, row: int, right: int, slack: bool, known: list[_
     rows, columns = w.shape
     widths = [n for n in divisors(columns) if n > right]
     # Windows that would begin past the end read nothing.
-    options = [
-        _Shift(row, m, right, n)
-        for m, n in itertools.product(divisors(rows // row)[1:], widths)
-        if (m - 1) * right < 2 * n
-    ]
+    options = [_Shift(row, m, right, n) for m, n in itertools.product(divisors(rows // row)[1:], widths) if (m - 1) * right < 2 * n]
     options.sort(key=lambda f: -f.m * f.width)
     some = _spread(rows - row, 1, 2 * _SAMPLES)[0].to(w.device)
     few = _Pairs.of(w[some, : columns - right], w[some + row, right:], slack, some)
@@ -326,8 +322,7 @@ def atoms(shape: torch.Size, axes: tuple[Axis, ...]) -> tuple[list[int], list[in
 
 
 def taps(w: torch.Tensor, axes: tuple[Axis, ...]) -> Taps | None:
-    """The kernel ``[outer row, (taps, inner row)…, outer column, inner column…]`` of a matrix, or None if it is none.
-    """
+    """The kernel ``[outer row, (taps, inner row)…, outer column, inner column…]`` of a matrix, or None if it is none."""
     rows, columns = atoms(w.shape, axes)
     k = w.reshape(*rows, *columns)
     low = high = k.double()

@@ -1,10 +1,10 @@
 """Writing a result to a file, in the format that the file's name asks for.
 
-    .pt2    torch.export program, with the report inside (`extra_files["fxconv.json"]`)
-    .onnx   ONNX, through torch.onnx.export's exported-program route
-    .pte    ExecuTorch, lowered to XNNPACK
-    .xml    OpenVINO IR, with the weights in a .bin beside it
-    .json   the report alone
+.pt2    torch.export program, with the report inside (`extra_files["fxconv.json"]`)
+.onnx   ONNX, through torch.onnx.export's exported-program route
+.pte    ExecuTorch, lowered to XNNPACK
+.xml    OpenVINO IR, with the weights in a .bin beside it
+.json   the report alone
 """
 
 from __future__ import annotations

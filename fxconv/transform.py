@@ -37,6 +37,7 @@ from fxconv.weight_map import TRAINABLE_LAWS, record_weights, reversible
 
 logger = logging.getLogger("fxconv")
 
+
 def transform(
     model: Any,
     args: Any = None,
@@ -148,9 +149,7 @@ def _unchanged(before: fx.GraphModule, emitted: Emitted) -> bool:
     return not emitted.clusters and calls(before) == calls(emitted.gm)
 
 
-def _undone(
-    model: Any, captured: Captured, options: Options, outcome: Outcome
-) -> tuple[Any, ModelVerdict | None]:
+def _undone(model: Any, captured: Captured, options: Options, outcome: Outcome) -> tuple[Any, ModelVerdict | None]:
     """The model without any rewrite."""
     for cluster in outcome.emitted.clusters:
         outcome.state.restore(cluster.value)
@@ -209,11 +208,7 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
 def _keep_reversible(outcome: Outcome) -> None:
     """Take back the rewrites whose weights are no single weight of the original."""
     for _ in range(len(outcome.emitted.clusters) + 1):
-        mixed = [
-            c
-            for c in outcome.emitted.clusters
-            if not reversible(outcome.emitted, parameters_of(outcome.emitted, c))
-        ]
+        mixed = [c for c in outcome.emitted.clusters if not reversible(outcome.emitted, parameters_of(outcome.emitted, c))]
         if not mixed:
             return
         for c in mixed:

@@ -79,9 +79,7 @@ class Values:
         """Whether nodes of the original graph read v, so that it must come in the original's dims."""
         if v not in self.originals:
             return False
-        return self.uses.get(v, 0) > sum(self.users.get(v, {}).values()) or any(
-            self.unchanged(u) for u in self.users.get(v, ())
-        )
+        return self.uses.get(v, 0) > sum(self.users.get(v, {}).values()) or any(self.unchanged(u) for u in self.users.get(v, ()))
 
     def intern(self, x: Value) -> Value:
         """The value itself, or an equal one that is known already; new operands are interned too."""

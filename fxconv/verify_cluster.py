@@ -270,9 +270,7 @@ class _Check:
         except Exception as error:  # noqa: BLE001 - whatever a graph raises means that it does not take these sizes
             raise _Unfit(_text(error)) from error
 
-    def _compare(
-        self, args: list[Any], expected: list[torch.Tensor], kinds: tuple[str, ...], seed: int
-    ) -> list[torch.Size]:
+    def _compare(self, args: list[Any], expected: list[torch.Tensor], kinds: tuple[str, ...], seed: int) -> list[torch.Size]:
         shapes = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else (a,) for a in args)
         where = f"on {'/'.join(kinds)} inputs of shape {', '.join(map(str, shapes))}"
         try:
@@ -312,9 +310,7 @@ class _Check:
         return got
 
     @staticmethod
-    def _worst(
-        expected: list[torch.Tensor], got: list[torch.Tensor], noise: Sequence[torch.Tensor | None]
-    ) -> tuple[Miss, int]:
+    def _worst(expected: list[torch.Tensor], got: list[torch.Tensor], noise: Sequence[torch.Tensor | None]) -> tuple[Miss, int]:
         misses = [compare(*pair) for pair in zip(expected, got, noise, strict=True)]
         if not misses:
             return Miss(0.0, (), 0.0, 0.0, 0.0, 0.0), 0
@@ -334,9 +330,7 @@ class _Check:
             self.noise[key] = noise
         return noise
 
-    def _noise_of_both(
-        self, args: list[Any], expected: list[torch.Tensor], got: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _noise_of_both(self, args: list[Any], expected: list[torch.Tensor], got: list[torch.Tensor]) -> list[torch.Tensor]:
         """The most of several draws for both sides; a replacement may be noisier than the original up to 8-fold."""
         noise = [torch.zeros_like(e) for e in expected]
         theirs = [torch.zeros_like(e) for e in expected]
@@ -344,10 +338,7 @@ class _Check:
             for side, outputs, most in ((self.original, expected, noise), (self.replacement, got, theirs)):
                 for n, m in zip(_measure(side, args, outputs, self.seed + 1 + k), most, strict=True):
                     torch.maximum(m, n.abs(), out=m)
-        return [
-            torch.maximum(n, torch.minimum(t, 8 * n.amax())) if n.numel() else n
-            for n, t in zip(noise, theirs, strict=True)
-        ]
+        return [torch.maximum(n, torch.minimum(t, 8 * n.amax())) if n.numel() else n for n, t in zip(noise, theirs, strict=True)]
 
     def _basis(self, first: dict[sympy.Symbol, int], second: dict[sympy.Symbol, int]) -> str:
         """Every basis vector of one sample, where that is little work; what it covers, "" when it was too much."""
@@ -438,9 +429,7 @@ def _call(side: Callable[..., Any], args: Sequence[Any]) -> list[torch.Tensor]:
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
-def _measure(
-    side: Callable[..., Any], args: list[Any], outputs: list[torch.Tensor], seed: int
-) -> list[torch.Tensor]:
+def _measure(side: Callable[..., Any], args: list[Any], outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """|f_δ − f| / δ for one draw; 0 where it cannot be measured."""
     mode = Perturb(DELTA, seed + 1)
     noisy = [mode.noisy(a) if isinstance(a, torch.Tensor) else a for a in args]

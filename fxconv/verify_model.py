@@ -267,10 +267,7 @@ class _Comparison:
             self.seeds.append(self.seed + 1)
             self.notes.append(f"measured again on {_MORE} samples, since few errors fluctuate")
             count = _MORE // self.batches.stacked
-            more = [
-                Run("Gaussian inputs", self.batches.gaussian(self.seed + 1 + k), self.batches.stacked)
-                for k in range(count)
-            ]
+            more = [Run("Gaussian inputs", self.batches.gaussian(self.seed + 1 + k), self.batches.stacked) for k in range(count)]
             for run in more:
                 run.original, spec = self._call("original", self.original, run.inputs, run.samples)
                 self._result_run(run, spec)

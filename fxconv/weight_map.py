@@ -53,9 +53,7 @@ class Entry:
         shapes = [self.shape]
         for kind, numbers in self.steps:
             last = shapes[-1]
-            shapes.append(
-                tuple(last[d] for d in numbers) if kind == "permute" else numbers if kind == "reshape" else last
-            )
+            shapes.append(tuple(last[d] for d in numbers) if kind == "permute" else numbers if kind == "reshape" else last)
         for (kind, numbers), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
             if kind == "permute":
                 inverse = [0] * len(numbers)

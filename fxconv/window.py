@@ -150,15 +150,11 @@ def _support(f: Filter, n_in: int) -> tuple[int, int]:
 
 
 def _touched(f: Filter, m: int, n_in: int) -> bool:
-    return any(
-        (j := m * f.down + t * f.dilation - f.offset) % f.up == 0 and 0 <= j // f.up < n_in for t in range(f.taps)
-    )
+    return any((j := m * f.down + t * f.dilation - f.offset) % f.up == 0 and 0 <= j // f.up < n_in for t in range(f.taps))
 
 
 def _asked(f: Filter, m: int, n_out: int) -> bool:
-    return any(
-        (o := m * f.up - t * f.dilation + f.offset) % f.down == 0 and 0 <= o // f.down < n_out for t in range(f.taps)
-    )
+    return any((o := m * f.up - t * f.dilation + f.offset) % f.down == 0 and 0 <= o // f.down < n_out for t in range(f.taps))
 
 
 @lru_cache(maxsize=65536)
@@ -179,9 +175,7 @@ def sizes_to_try(*filters: Filter) -> range:
 @lru_cache(maxsize=65536)
 def _cascade(outer: Filter, inner: Filter) -> Cascade | str:
     if math.gcd(inner.down, outer.up) != 1:
-        return (
-            f"stride {inner.down} followed by upsampling {outer.up} is only periodically shift-invariant"
-        )
+        return f"stride {inner.down} followed by upsampling {outer.up} is only periodically shift-invariant"
     up, down = inner.up * outer.up, inner.down * outer.down
     outer_step, inner_step = inner.down * outer.dilation, outer.up * inner.dilation
     offset = inner.down * outer.offset + outer.up * inner.offset
@@ -231,9 +225,7 @@ def cascade(outer: Filter, inner: Filter, n_in: Size, n_mid: Size, n_out: Size) 
 
 
 def _border_reason(outer: Filter) -> str:
-    return (
-        f"the second window (offset {outer.offset}, {outer.taps} taps) reads zero padding where the first would go on"
-    )
+    return f"the second window (offset {outer.offset}, {outer.taps} taps) reads zero padding where the first would go on"
 
 
 @lru_cache(maxsize=65536)
@@ -259,9 +251,5 @@ def stays_inside(f: Filter, n_in: Size, n_out: Size) -> bool:
 
 def live_taps(f: Filter, n_in: int, n_out: int) -> tuple[int, int]:
     """The half-open range of taps that read something other than padding at some output; (0, 0) if none does."""
-    live = [
-        t
-        for t in range(f.taps)
-        if affine_pairs(f.up, f.down, t * f.dilation - f.offset, n_out, n_in) is not None
-    ]
+    live = [t for t in range(f.taps) if affine_pairs(f.up, f.down, t * f.dilation - f.offset, n_out, n_in) is not None]
     return (live[0], live[-1] + 1) if live else (0, 0)

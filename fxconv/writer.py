@@ -96,9 +96,7 @@ class Writer:
         requires_grad: whether new parameters do.
     """
 
-    def __init__(
-        self, gm: fx.GraphModule, dialect: str, fresh_name: Callable[[str], str], requires_grad: bool
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, dialect: str, fresh_name: Callable[[str], str], requires_grad: bool) -> None:
         self.gm, self.dialect, self.fresh_name, self.requires_grad = gm, dialect, fresh_name, requires_grad
         self.graph = gm.graph
         self.base = "fused"

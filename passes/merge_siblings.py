@@ -150,9 +150,7 @@ def stack(siblings: list[Sibling]) -> Joint:
     kernel = kernels.concatenate([s.map.kernel for s in siblings], _axis(first, row))
     stacked = Value(Map(first.x, tuple(roles), kernel))
     if any(s.bias is not None for s in siblings):
-        parts = [
-            s.bias if s.bias is not None else kernels.uniform((n,), 0.0) for s, n in zip(siblings, sizes, strict=True)
-        ]
+        parts = [s.bias if s.bias is not None else kernels.uniform((n,), 0.0) for s, n in zip(siblings, sizes, strict=True)]
         varies = tuple(o == row for o in range(len(roles)))
         stacked = make_sum([stacked, Value(Const(stacked.sizes, varies, kernels.concatenate(parts, 0)))])
     pairs: list[tuple[Value, Value]] = []

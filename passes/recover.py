@@ -363,9 +363,7 @@ def _toeplitz(m: Map, shape: torch.Size, axes: tuple[Axis, ...], taps: structure
 
 
 def _live(m: Map, w: torch.Tensor, index: tuple[int, ...]) -> Value:
-    return _around(
-        m, [w.shape[1]], lambda x, n: _rows(_gather(x, n, index), n, w[:, torch.tensor(index, device=w.device)])
-    )
+    return _around(m, [w.shape[1]], lambda x, n: _rows(_gather(x, n, index), n, w[:, torch.tensor(index, device=w.device)]))
 
 
 def _distinct(m: Map, w: torch.Tensor, first: torch.Tensor, index: tuple[int, ...]) -> Value:
@@ -432,9 +430,7 @@ def _separable(m: Map, w: torch.Tensor, windows: list[int]) -> Iterator[Build]:
         yield partial(_two_windows, a=a, b=b, left=factors.left, right=factors.right, rank=rank, exact=factors.exact)
 
 
-def _two_windows(
-    m: Map, a: int, b: int, left: torch.Tensor, right: torch.Tensor, rank: int | None, exact: bool
-) -> Value:
+def _two_windows(m: Map, a: int, b: int, left: torch.Tensor, right: torch.Tensor, rank: int | None, exact: bool) -> Value:
     first: list[Role] = []
     place: dict[int, int] = {}
     for o, r in enumerate(m.roles):

@@ -21,8 +21,7 @@ from torch import fx, nn
 # Every name that a node's target can have, by kind. Modules are named by their class, ATen overloads by their packet.
 _NAMES: dict[str, str] = {
     "conv": "conv1d conv2d conv3d convolution Conv1d Conv2d Conv3d",
-    "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d ConvTranspose1d ConvTranspose2d "
-    "ConvTranspose3d",
+    "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d ConvTranspose1d ConvTranspose2d ConvTranspose3d",
     "linear": "linear Linear",
     "matmul": "matmul mm bmm addmm addbmm baddbmm einsum mv dot tensordot",
     "batch_norm": "batch_norm native_batch_norm native_batch_norm_legit native_batch_norm_legit_no_training "
@@ -77,9 +76,7 @@ def name_of(node: fx.Node, gm: fx.GraphModule) -> str:
         return "output"
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        for cls in type(
-            module
-        ).__mro__:  # timm's BatchNormAct2d is a BatchNorm2d: a BatchNorm that is left is a BatchNorm left
+        for cls in type(module).__mro__:  # timm's BatchNormAct2d is a BatchNorm2d: a BatchNorm that is left is a BatchNorm left
             if cls.__name__ in _KIND:
                 return cls.__name__
         return type(module).__name__

@@ -94,9 +94,7 @@ def _random_parameter(
         return normal(p, 0.3)
     fan_in = math.prod(p.shape[1:])
     transposed = getattr(module, "transposed", False)
-    if (
-        transposed
-    ):  # (C_in, C_out / groups, *k): C_in / groups channels, of each the taps that reach one output position
+    if transposed:  # (C_in, C_out / groups, *k): C_in / groups channels, of each the taps that reach one output position
         fan_in = p.shape[0] // module.groups * math.prod(p.shape[2:]) // math.prod(module.stride)
     return normal(p, math.sqrt(gain / max(fan_in, 1)))
 
@@ -201,9 +199,7 @@ def relative_error(got: Any, want: Any) -> float:
 def run(model: Any, args: Args, kwargs: Mapping[str, Any] | None = None) -> Any:
     """One forward pass without gradients, on copies of the arguments (a model may write to its input)."""
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-    args, kwargs = tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (tuple(args), dict(kwargs or {}))
-    )
+    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         return module(*args, **kwargs)
 
@@ -264,9 +260,7 @@ class Snapshot:
         return {
             "state_dict": list(self.model.state_dict()),
             "storages": {name: (t.data_ptr(), t._version, t.requires_grad) for name, t in self._tensors()},
-            "modules": {
-                n: (id(m), m.training, sorted(vars(m))) for n, m in self.model.named_modules(remove_duplicate=False)
-            },
+            "modules": {n: (id(m), m.training, sorted(vars(m))) for n, m in self.model.named_modules(remove_duplicate=False)},
             "hooks": {n: [list(getattr(m, h).values()) for h in hooks] for n, m in self.model.named_modules()},
             "graph": str(self.model.graph) if isinstance(self.model, torch.fx.GraphModule) else None,
         }
@@ -403,9 +397,7 @@ def _assert_cost(
         assert out.macs_after <= out.macs_before, f"MACs {out.macs_before:,} -> {out.macs_after:,}\n{graph}"
     if ratio is not None:
         share = out.macs_after / max(out.macs_before, 1)
-        assert share <= ratio, (
-            f"MACs {out.macs_before:,} -> {out.macs_after:,}: {share:.3f} above {ratio}\n{_why(out, graph)}"
-        )
+        assert share <= ratio, f"MACs {out.macs_before:,} -> {out.macs_after:,}: {share:.3f} above {ratio}\n{_why(out, graph)}"
 
     def count(kind: str) -> int:
         return sum(out.kinds[part] for part in kind.split("+"))

@@ -37,10 +37,7 @@ class Site:
     def of(self, *kinds: str) -> Iterator[fx.Node]:
         """The nodes of these kinds, by the name of their operator."""
         for node in self.nodes:
-            if (
-                node.op == "call_function"
-                and str(node.target).split(".")[1 if "aten" in str(node.target) else -1] in kinds
-            ):
+            if node.op == "call_function" and str(node.target).split(".")[1 if "aten" in str(node.target) else -1] in kinds:
                 yield node
 
     def tensor(self, node: Any) -> Tensor | None:
@@ -274,9 +271,7 @@ def _(site: Site) -> bool:
 @mutant("padding on the other side")
 def _(site: Site) -> bool:
     """One pixel more above, one less below."""
-    return any(
-        site.before(n, lambda x: F.pad(x, (0, 0, 1, -1))) for n in site.of("conv2d") if ints(n, 4)[:1] not in ([], [0])
-    )
+    return any(site.before(n, lambda x: F.pad(x, (0, 0, 1, -1))) for n in site.of("conv2d") if ints(n, 4)[:1] not in ([], [0]))
 
 
 @mutant("stride on one axis")

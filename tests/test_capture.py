@@ -75,9 +75,7 @@ def snapshot(model: nn.Module) -> Any:
 
 
 def unchanged(before: Any, after: Any) -> bool:
-    tensors = all(
-        before[0][k][0] == after[0][k][0] and torch.equal(before[0][k][1], after[0][k][1]) for k in before[0]
-    )
+    tensors = all(before[0][k][0] == after[0][k][0] and torch.equal(before[0][k][1], after[0][k][1]) for k in before[0])
     return tensors and before[0].keys() == after[0].keys() and before[1] == after[1]
 
 

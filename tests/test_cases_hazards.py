@@ -542,7 +542,5 @@ def test_W28_exported_program_is_untouched() -> None:
     result = fxconv.transform(program, (draw(X),))
     assert isinstance(result, torch.export.ExportedProgram) and result is not program
     assert str(program.graph) == before
-    assert all(torch.equal(program.state_dict[k], v) for k, v in weights.items()) and len(weights) == len(
-        program.state_dict
-    )
+    assert all(torch.equal(program.state_dict[k], v) for k, v in weights.items()) and len(weights) == len(program.state_dict)
     assert n_params(result) < n_params(program)

@@ -54,9 +54,7 @@ def test_W1_transposed_conv_and_batch_norm_other_ranks(rank: int) -> None:
 @every_spelling
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_W5_bias_is_scaled_and_affine_false_is_one_and_zero(
-    spelling: str, capture: str, affine: bool, bias: bool
-) -> None:
+def test_W5_bias_is_scaled_and_affine_false_is_one_and_zero(spelling: str, capture: str, affine: bool, bias: bool) -> None:
     layers = {"conv": nn.Conv2d(6, 8, 3, bias=bias), "norm": bn(8, affine=affine)}
     try_out((layers, lambda s, x: s.norm(s.conv(x))), (2, 6, 7, 9), spelling=spelling, capture=capture, **only(conv=1))
 
@@ -74,9 +72,7 @@ OPERATORS = {
 @both_captures
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("shape", [(1, 6), (6,), (1, 1, 6), (1, 1, 1, 6)], ids=str)
-def test_W2_constant_along_the_width_where_width_is_channels(
-    capture: str, operator: str, shape: tuple[int, ...]
-) -> None:
+def test_W2_constant_along_the_width_where_width_is_channels(capture: str, operator: str, shape: tuple[int, ...]) -> None:
     """(1, 6) broadcasts along W = 6, although there are 6 channels too: no channel scale, no bias."""
     layers = {"conv": nn.Conv2d(4, 6, 3, padding=1), "c": buffer(*shape)}
     out = try_out((layers, lambda s, x: OPERATORS[operator](s.conv(x), s.c)), (2, 4, 5, 6), capture=capture)
@@ -144,9 +140,7 @@ def test_W3_alpha_is_kept(name: str, capture: str) -> None:
 @pytest.mark.parametrize("alpha", [2.0, -0.5])
 def test_W3_alpha_between_branches(alpha: float, capture: str) -> None:
     layers = {"a": nn.Conv2d(6, 8, 3, padding=1), "b": nn.Conv2d(6, 8, 1)}
-    try_out(
-        (layers, lambda s, x: torch.add(s.a(x), s.b(x), alpha=alpha)), (2, 6, 7, 9), capture=capture, **only(conv=1)
-    )
+    try_out((layers, lambda s, x: torch.add(s.a(x), s.b(x), alpha=alpha)), (2, 6, 7, 9), capture=capture, **only(conv=1))
 
 
 ADDMM = {

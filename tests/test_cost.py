@@ -32,9 +32,7 @@ def _linear(rows: int, i: int, o: int) -> Step:
 def _transposed(i: int, o: int, size: int, k: int, stride: int) -> Step:
     shape = (1, i, size, size)
     weight = _weight(i, o, k, k)
-    return Step(
-        "conv_transpose", shape, (1, o, size * stride, size * stride), (weight,), {"groups": 1}, size**2 * i * o * k**2
-    )
+    return Step("conv_transpose", shape, (1, o, size * stride, size * stride), (weight,), {"groups": 1}, size**2 * i * o * k**2)
 
 
 def _nearest(c: int, size: int) -> Step:
@@ -50,17 +48,13 @@ def _permute(rows: int, c: int) -> Step:
     [
         pytest.param([_linear(1, 25088, 4096)], [_conv(1, 512, 4096, 7, 7, 1)], id="VGG's head is a Linear"),
         pytest.param([_linear(2, 512, 10)], [_conv(2, 512, 10, 1, 1, 1)], id="so is a small one"),
-        pytest.param(
-            [_transposed(128, 128, 64, 4, 2)], [_nearest(128, 64), _conv(1, 128, 128, 128, 3, 128)], id="nearest, 3x3"
-        ),
+        pytest.param([_transposed(128, 128, 64, 4, 2)], [_nearest(128, 64), _conv(1, 128, 128, 128, 3, 128)], id="nearest, 3x3"),
         pytest.param(
             [_conv(1, 64, 64, 56, 1, 56)],
             [_permute(3136, 64), _linear(3136, 64, 64), _permute(3136, 64)],
             id="a 1x1 convolution is not permute, Linear, permute",
         ),
-        pytest.param(
-            [_conv(1, 16, 16, 96, 3, 96)], [_conv(1, 16, 256, 96, 3, 96), _conv(1, 256, 16, 96, 1, 96)], id="SESR"
-        ),
+        pytest.param([_conv(1, 16, 16, 96, 3, 96)], [_conv(1, 16, 256, 96, 3, 96), _conv(1, 256, 16, 96, 1, 96)], id="SESR"),
         pytest.param([_conv(1, 64, 64, 56, 3, 56, 64)], [_conv(1, 64, 64, 56, 3, 56)], id="depthwise is not dense"),
         pytest.param([_conv(1, 48, 48, 56, 3, 56, 48)], [_conv(1, 48, 48, 56, 3, 56, 48)] * 3, id="branches"),
     ],

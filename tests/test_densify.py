@@ -88,9 +88,7 @@ def test_each_window_is_scored_as_by_itself(name: str) -> None:
     assert dense.window == shape[2:] and dense.window_stride == stride
     assert fxconv.report(dense).verified and not fxconv.report(dense).advice
     torch.testing.assert_close(dense(x).flatten(1), model(x), rtol=1e-12, atol=1e-12)
-    image = torch.randn(
-        3, shape[1], *(n + 3 * s + 1 for n, s in zip(shape[2:], stride, strict=True)), dtype=torch.float64
-    )
+    image = torch.randn(3, shape[1], *(n + 3 * s + 1 for n, s in zip(shape[2:], stride, strict=True)), dtype=torch.float64)
     expected = window_scores(model, image, shape[2:], stride)
     # One more where a window hangs over the edge by pixels that the original does not read.
     got = dense(image)[tuple(slice(0, n) for n in expected.shape)]
@@ -98,9 +96,7 @@ def test_each_window_is_scored_as_by_itself(name: str) -> None:
 
 
 def test_padding_is_measured_and_explained() -> None:
-    model = randomise(
-        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 5))
-    )
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 5)))
     x = torch.randn(2, 3, 16, 16)
     dense = fxconv.densify(model, x)
     report = fxconv.report(dense)

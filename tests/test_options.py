@@ -90,9 +90,7 @@ def test_toml(tmp_path: Path) -> None:
 def test_toml_dims_are_what_export_takes(tmp_path: Path) -> None:
     path = tmp_path / "fxconv.toml"
     path.write_text('[tool.fxconv]\ndynamic_shapes = { input = { 0 = "batch", 1 = "static" } }\n')
-    program = torch.export.export(
-        torch.nn.Linear(3, 2), (torch.ones(4, 3),), dynamic_shapes=Options.from_toml(path).dynamic_shapes
-    )
+    program = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(4, 3),), dynamic_shapes=Options.from_toml(path).dynamic_shapes)
     assert program.module()(torch.ones(7, 3)).shape == (7, 2)
 
 

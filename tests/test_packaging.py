@@ -19,9 +19,7 @@ IMPORT = "import fxconv, fxconv.passes, fxconv.pipelines as p; print(fxconv.pass
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(list(map(str, command)), cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=300)
 
 
 def checked(*command: str | Path, cwd: Path, **environment: str) -> str:

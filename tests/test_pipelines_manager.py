@@ -24,9 +24,7 @@ class DropDropout(PassBase):
 
 
 def model() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
-    ).eval()
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval()
 
 
 def test_in_a_manager_with_another_pass() -> None:

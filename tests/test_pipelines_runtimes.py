@@ -2,6 +2,7 @@
 
 `test_pipelines_zoo.py` runs every pipeline on four whole networks.
 """
+
 from __future__ import annotations
 
 import re

@@ -52,9 +52,7 @@ def test_random_dag_by_latency(program: Program) -> None:
 
 
 @settings(max_examples=EXAMPLES // 2)
-@given(
-    program=programs(), capture=st.sampled_from(["export", "symbolic"]), objective=st.sampled_from(["macs", "params"])
-)
+@given(program=programs(), capture=st.sampled_from(["export", "symbolic"]), objective=st.sampled_from(["macs", "params"]))
 def test_random_dag_by_other_objectives(program: Program, capture: str, objective: str) -> None:
     compare(program, objective, capture)
 

@@ -197,9 +197,7 @@ def test_Q5_full_kernel_convolution_is_a_flatten_linear() -> None:
     """A head that is only a convolution keeps [N, K, 1, 1]."""
     model = randomise(nn.Sequential(nn.Conv2d(6, 10, (5, 7))))
     fixed = ({0: torch.export.Dim("n", max=64)},)
-    out = check(
-        model, draw((2, 6, 5, 7)), target="linear", dynamic_shapes=fixed, sizes=False, ops={"conv": 0, "linear": 1}
-    )
+    out = check(model, draw((2, 6, 5, 7)), target="linear", dynamic_shapes=fixed, sizes=False, ops={"conv": 0, "linear": 1})
     assert tuple(run(out.result, (draw((3, 6, 5, 7)),)).shape) == (3, 10, 1, 1)
     assert torch.equal(only_weight(out.result, 10, 210), model[0].weight.flatten(1))
 
@@ -280,9 +278,7 @@ ENDS: dict[str, tuple[nn.Module, str, Any]] = {
 @pytest.mark.parametrize("end", ENDS)
 def test_Q7_remark_loss_and_gradients(end: str) -> None:
     layer, advice, loss = ENDS[end]
-    model = randomise(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5), layer)
-    )
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5), layer))
     out = check(model, draw((2, 3, 5, 6)), ops={"batch_norm": 0}, refused=advice)
 
     target = torch.rand(4, 5, dtype=torch.float64)
@@ -356,9 +352,7 @@ def test_token_mixing_is_convolutions_without_transposes(act: nn.Module, second:
 
 def test_transform_without_args_where_shapes_are_known_or_not_needed() -> None:
     model = randomise(
-        nn.Sequential(
-            nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
-        )
+        nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     )
     result = fxconv.transform(model.double())
     assert kinds(result)["batch_norm"] == 0

@@ -155,9 +155,7 @@ def blurred() -> nn.Module:
     g = torch.tensor([1.0, 4, 6, 4, 1]) / 16
     conv = nn.Conv2d(6, 6, 5, padding=2, groups=6)
     with torch.no_grad():
-        conv.weight.copy_(
-            torch.outer(g, g).expand(6, 1, 5, 5) * torch.tensor([1.0, 2, 4, 1, 2, 8])[:, None, None, None]
-        )
+        conv.weight.copy_(torch.outer(g, g).expand(6, 1, 5, 5) * torch.tensor([1.0, 2, 4, 1, 2, 8])[:, None, None, None])
     return conv
 
 

@@ -221,9 +221,7 @@ def test_batch_norm_folds_into_its_producer(name: str, affine: bool) -> None:
     layer, rank = FOLDS[name]
     model = randomise(chain_model(conv=layer, norm=bn(layer.out_channels, rank, affine=affine), act=nn.ReLU()))
     # circular padding may stay a pad of its own
-    check(
-        model, (draw((2, 6, *(9, 8, 7)[:rank])),), ops={"batch_norm": 0, "mul": 0, "add": 0, "conv+conv_transpose": 1}
-    )
+    check(model, (draw((2, 6, *(9, 8, 7)[:rank])),), ops={"batch_norm": 0, "mul": 0, "add": 0, "conv+conv_transpose": 1})
 
 
 # --- must not fire, and says why -----------------------------------------------------------------------------------

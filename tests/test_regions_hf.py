@@ -101,9 +101,7 @@ class SegformerHead(nn.Module):
         from transformers import SegformerConfig
         from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 
-        config = SegformerConfig(
-            hidden_sizes=[16, 32, 80, 128], decoder_hidden_size=64, num_labels=9, num_encoder_blocks=4
-        )
+        config = SegformerConfig(hidden_sizes=[16, 32, 80, 128], decoder_hidden_size=64, num_labels=9, num_encoder_blocks=4)
         self.head = SegformerDecodeHead(config)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor, w: Tensor) -> Tensor:

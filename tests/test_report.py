@@ -288,8 +288,6 @@ def test_seconds(value: float, text: str) -> None:
     assert seconds(value) == text
 
 
-@pytest.mark.parametrize(
-    "before, after, text", [(10, 8, "-20.0 %"), (5, 5, "0 %"), (0, 3, "new"), (1e6, 1e6 + 1, "+0.0001 %")]
-)
+@pytest.mark.parametrize("before, after, text", [(10, 8, "-20.0 %"), (5, 5, "0 %"), (0, 3, "new"), (1e6, 1e6 + 1, "+0.0001 %")])
 def test_changes(before: float, after: float, text: str) -> None:
     assert change(before, after) == text

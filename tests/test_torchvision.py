@@ -71,6 +71,7 @@ def densenet(result: Any) -> Iterator[str]:
     others = [a for a in channel_affines(result, (example("densenet121", 1),)) if "batch_norm" not in a]
     if left != 62 or others:
         yield f"{left} BatchNorms and {others} left, not the 62 between cat and ReLU"
+
     def multiplies(node: fx.Node) -> bool:
         """Whether a node is the 1x1 convolution, also where it is written as a Linear on permuted images."""
         if kind_of(node, gm) == "permute":

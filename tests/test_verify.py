@@ -51,9 +51,7 @@ class Pair:
 
     def check(self, replacement: Side | None = None, **changes: Any) -> Verdict:
         side = replacement or self.replacement(**{**self.state, **changes})
-        return check_cluster(
-            self.original, side, self.inputs, symbols=SYMBOLS, affine=not self.ph, positively_homogeneous=self.ph
-        )
+        return check_cluster(self.original, side, self.inputs, symbols=SYMBOLS, affine=not self.ph, positively_homogeneous=self.ph)
 
 
 def image(channels: int, height: Any = H, width: Any = W) -> InputSpec:

@@ -61,7 +61,9 @@ CASES = {
     "full_kernel": (lambda: nn.Sequential(nn.Conv2d(3, 5, (4, 6)), nn.Tanh()), (2, 3, 4, 6), "linear"),
     "patch_embedding": (lambda: nn.Sequential(nn.Conv2d(3, 5, 4, stride=4), nn.Tanh()), (2, 3, 8, 12), "linear"),
     "transposed": (
-        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh()), (2, 4, 9), "conv2d",
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh()),
+        (2, 4, 9),
+        "conv2d",
     ),
     "tied": (lambda: Tied(), (4, 6), "conv"),
     "full": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), (4, 6), "conv"),

@@ -122,9 +122,7 @@ def qualified_name(node: fx.Node) -> str:
     return path if path and all(s.isidentifier() or s.isdigit() for s in path.split(".")) else str(node.name)
 
 
-def rewrite_bound(
-    gm: fx.GraphModule, weights: Mapping[int, torch.Tensor], examples: Sequence[Any], options: Options
-) -> Rewritten:
+def rewrite_bound(gm: fx.GraphModule, weights: Mapping[int, torch.Tensor], examples: Sequence[Any], options: Options) -> Rewritten:
     """Rewrite a copy of ``gm`` for these values of its weights; the placeholders stay.
 
     Args:
@@ -143,9 +141,7 @@ def rewrite_bound(
     reference = fx.GraphModule(bound, copy.deepcopy(bound.graph))
     barriers = functionalise(bound)
     inputs = tuple(concrete(v) for i, v in enumerate(examples) if i not in weights)
-    captured = Captured(
-        bound, "aten", "dynamo", inputs, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers
-    )
+    captured = Captured(bound, "aten", "dynamo", inputs, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers)
     before = set(_attributes(bound))
     result, report = run_captured(reference, captured, options)
     added = tuple(name for name in _attributes(result) if name not in before)

@@ -120,9 +120,7 @@ def _lookup(inner: str | Callable[..., Any], keywords: Mapping[str, Any]) -> Cal
     return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
 
 
-def _reason_against(
-    gm: fx.GraphModule, weights: Weights, frozen: Sequence[torch.Tensor], options: Options
-) -> str | None:
+def _reason_against(gm: fx.GraphModule, weights: Weights, frozen: Sequence[torch.Tensor], options: Options) -> str | None:
     """Why this graph must stay as it is, or None."""
     if torch.is_grad_enabled() and any(w.requires_grad for w in (*weights.values(), *frozen)):
         return "it is run with gradients, which folded weights would cut off; call the model under torch.no_grad()"

@@ -62,9 +62,7 @@ class ExecuTorchPass(ExportedProgramPassBase):
         barriers = functionalise(gm)
         reference = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         args = tuple(concrete(n.meta["val"]) for n in placeholders(gm.graph))
-        captured = Captured(
-            gm, "aten", "edge", args, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers
-        )
+        captured = Captured(gm, "aten", "edge", args, {}, rebuild=lambda g: fx.GraphModule(g, g.graph), barriers=barriers)
         result, self.report = run_captured(reference, captured, self.options)
         if not self.report.applied:
             return ExportedProgramPassResult(exported_program, False)
@@ -239,9 +237,7 @@ class _Splice:
             return old[specs[name]]
         value = self.gm.get_parameter(name).detach() if name in self.gm._parameters else getattr(self.gm, name)
         with self.graph.inserting_before(place):
-            return create_constant_placeholder(
-                self.program, self.graph, name.replace(".", "_"), InputKind.PARAMETER, value
-            )
+            return create_constant_placeholder(self.program, self.graph, name.replace(".", "_"), InputKind.PARAMETER, value)
 
     def _finish(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         output, results = self.graph.output_node(), cast("tuple[Any, ...]", node.args[0])

@@ -70,9 +70,7 @@ SWAPPED = (
     mean_row("conv_mean_bn_linear", lambda: conv_mean_linear(nn.Conv2d(16, 32, 3, 1, 1), norm="after"), IMAGE, 0.04, EXPORT),
     mean_row("conv_mean_linear_1d", lambda: conv_mean_linear(nn.Conv1d(16, 32, 9, padding=4), 1), (2, 16, 65), 0.05),
     mean_row("conv_mean_linear_3d", lambda: conv_mean_linear(nn.Conv3d(4, 32, 3, padding=1), 3), (2, 4, 6, 8, 9), 0.05),
-    mean_row(
-        "conv_transpose_mean_linear", lambda: conv_mean_linear(conv_transpose(2)(16, 32, 4, 2, 1)), IMAGE, 0.04
-    ),
+    mean_row("conv_transpose_mean_linear", lambda: conv_mean_linear(conv_transpose(2)(16, 32, 4, 2, 1)), IMAGE, 0.04),
     Row("conv_row_mean", conv_row_mean, (IMAGE,), {"max_macs_ratio": 0.1, **STATIC}, EXPORT),
     Row("conv_adaptive_pool", conv_adaptive_pool, (IMAGE,), {"max_macs_ratio": 0.33, **STATIC}, ONCE),
     # 9 products per pooled output rather than the 16 of one 4×4 convolution, or 36.

@@ -234,13 +234,7 @@ def permuted(index: str) -> Made:
     layers = {"conv": nn.Conv2d(12, 8, 1), "order": torch.tensor([3, 1, 0, 2, 11, 10, 8, 9, 5, 4, 7, 6])}
 
     def program(s: Any, x: Tensor) -> Tensor:
-        x = (
-            torch.index_select(x, 1, s.order)
-            if index == "select"
-            else x[:, s.order]
-            if index == "index"
-            else torch.flip(x, [1])
-        )
+        x = torch.index_select(x, 1, s.order) if index == "select" else x[:, s.order] if index == "index" else torch.flip(x, [1])
         return s.conv(x)
 
     return layers, program
@@ -442,9 +436,7 @@ ABSORBED = (
     ),
     Row(
         "bn_tokens_linear",
-        lambda: linears(
-            lambda s, x: s.fc(s.transpose(s.flatten(s.norm(s.relu(x)), 2), 1, 2)), norm=bn(6), fc=nn.Linear(6, 10)
-        ),
+        lambda: linears(lambda s, x: s.fc(s.transpose(s.flatten(s.norm(s.relu(x)), 2), 1, 2)), norm=bn(6), fc=nn.Linear(6, 10)),
         ((2, 6, 5, 7),),
         {"ops": {"batch_norm": 0, "mul": 0, "conv+linear": 1}, "at_most": {"add": 0}},
     ),
@@ -456,15 +448,11 @@ ABSORBED = (
     ),
     Row("bias_through_view", bias_through_view, ((2, 24, 16),), {"ops": {"linear": 3, "add": 1, "batch_norm": 0}}),
     Row("layer_scale", layer_scale, ((2, 5, 24),), {"ops": {"linear": 2, "add": 1, "mul": 0}}),
-    Row(
-        "attention_logits", attention_logits, ((2, 5, 24),), {"ops": {"mul": 0, "matmul": 1}, "at_most": {"linear": 2}}
-    ),
+    Row("attention_logits", attention_logits, ((2, 5, 24),), {"ops": {"mul": 0, "matmul": 1}, "at_most": {"linear": 2}}),
     Row("normalised", normalised, ((2, 3, 9, 13),), only(conv=1)),
     Row(
         "scalars_between_convs",
-        lambda: linears(
-            lambda s, x: s.b(s.add(s.mul(s.a(x), 2.0) / 3, 1)), a=nn.Conv2d(6, 64, 1), b=nn.Conv2d(64, 8, 3)
-        ),
+        lambda: linears(lambda s, x: s.b(s.add(s.mul(s.a(x), 2.0) / 3, 1)), a=nn.Conv2d(6, 64, 1), b=nn.Conv2d(64, 8, 3)),
         ((2, 6, 8, 11),),
         only(conv=1),
     ),
@@ -542,9 +530,7 @@ def gated() -> Made:
 FUNCTIONAL = (("functional", "export"), ("functional", "symbolic"))
 COMPUTED = (
     Row("masked_weight", masked, ((2, 6, 5, 7),), only(conv=1), FUNCTIONAL),
-    Row(
-        "standardised_weight", standardised, ((2, 6, 5, 7),), {"ops": {"conv": 1, "constant": 0, "mul": 0}}, FUNCTIONAL
-    ),
+    Row("standardised_weight", standardised, ((2, 6, 5, 7),), {"ops": {"conv": 1, "constant": 0, "mul": 0}}, FUNCTIONAL),
     Row("orepa", orepa, ((2, 6, 5, 7),), only(conv=1), FUNCTIONAL),
     # 9 + 1 -> 9
     Row("gated_branches", gated, ((2, 6, 5, 7),), {"max_macs_ratio": 0.9, **only(conv=1)}, ALL),

@@ -206,9 +206,7 @@ def programs(draw: Any, max_steps: int = 6) -> Program:
             like = [
                 i
                 for i, other in enumerate(shapes)
-                if other == shapes[first]
-                or op == "cat"
-                and other[:1] + other[2:] == shapes[first][:1] + shapes[first][2:]
+                if other == shapes[first] or op == "cat" and other[:1] + other[2:] == shapes[first][:1] + shapes[first][2:]
             ]
             inputs = (first, draw(st.sampled_from(like)))
             numbers: tuple[int, ...] | None = (draw(st.sampled_from([1, 1, -1, 2])),) if op == "add" else ()

@@ -160,9 +160,7 @@ CHAINS = (
     ),
     Row(
         "expandnet_padded",
-        lambda: chain(
-            a=nn.Conv2d(16, 64, 1, bias=False), b=nn.Conv2d(64, 64, 3, stride=2, padding=1), c=nn.Conv2d(64, 24, 1)
-        ),
+        lambda: chain(a=nn.Conv2d(16, 64, 1, bias=False), b=nn.Conv2d(64, 64, 3, stride=2, padding=1), c=nn.Conv2d(64, 24, 1)),
         ((2, 16, 12, 18),),
         {"max_macs_ratio": 0.1, **only(conv=1)},
     ),

@@ -81,17 +81,11 @@ class Speller:
     def _conv(self, m: Any, x: Tensor, rank: int) -> Tensor:
         if m.padding_mode != "zeros":
             pads = [p for p in reversed(m.padding) for _ in (0, 1)]
-            return getattr(F, f"conv{rank}d")(
-                F.pad(x, pads, m.padding_mode), m.weight, m.bias, m.stride, 0, m.dilation, m.groups
-            )
+            return getattr(F, f"conv{rank}d")(F.pad(x, pads, m.padding_mode), m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
         if isinstance(m.padding, str) or self._spelling == "functional":
             return getattr(F, f"conv{rank}d")(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
         rest = (m.weight, m.bias, m.stride, m.padding, m.dilation, False, [0] * rank, m.groups)
-        return (
-            aten.convolution.default(x, *map(_listed, rest))
-            if self._spelling == "aten"
-            else torch.convolution(x, *rest)
-        )
+        return aten.convolution.default(x, *map(_listed, rest)) if self._spelling == "aten" else torch.convolution(x, *rest)
 
     def _conv_transpose(self, m: Any, x: Tensor, rank: int) -> Tensor:
         if self._spelling == "aten":
