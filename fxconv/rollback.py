@@ -213,7 +213,9 @@ def verify_model(
     if options.verify == "off" or not (captured.args or captured.kwargs):
         return None
     a, b = as_module(model), as_module(result)
-    exact = None
+    exact, unrewritten = None, emitted is not None and not emitted.clusters
     if emitted and all(exactness(emitted, c) == "exact" for c in emitted.clusters):
         exact = _Exact(emitted, dict(b.named_parameters()))
-    return check_model(a, b, captured.args, captured.kwargs, exact=exact, exact_if_unstable=True, seed=options.seed)
+    return check_model(
+        a, b, captured.args, captured.kwargs, exact=exact, exact_if_unstable=True, unrewritten=unrewritten, seed=options.seed
+    )

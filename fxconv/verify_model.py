@@ -19,6 +19,8 @@ Some outputs hang on rounding: detections are sorted and cut off at a threshold.
 dtype, is off by a quarter or of another size, only float64 with exact weights can tell, and without those the model is
 "not verifiable".
 
+A result in which nothing was rewritten is compared in its own dtype alone, where its outputs are bit for bit the original's.
+
 Cost, in units of one sample: three passes of each model in float64, and one of the original for the noise where it is
 needed; three of the result in its own dtype and four of the original, whose result must be the same twice. Of float64
 models seven and three in all. Memory: one float64 copy at a time, above 32 MiB of four fifths of the model, and the outputs.
@@ -150,6 +152,7 @@ def check_model(
     batch_dims: Sequence[int | None] | str | None = "auto",
     exact: Weights | Callable[[], Weights] | None = None,
     exact_if_unstable: bool = False,
+    unrewritten: bool = False,
     seed: int = 0,
     factor: float = FACTOR,
 ) -> ModelVerdict:
@@ -165,9 +168,13 @@ def check_model(
 
     ``exact_if_unstable``: only where the original's output hangs on rounding. It costs three passes of the result more.
 
+    ``unrewritten``: the result is the original as it was captured. Where its outputs are the original's bit for bit, its
+    errors are the original's own, and nothing is run in float64.
+
     Neither model is changed: buffers that a forward pass writes to are restored, random generators too.
     """
-    return _Comparison(original, result, (args, dict(kwargs or {})), batch_dims, exact, exact_if_unstable, seed, factor).run()
+    inputs = (args, dict(kwargs or {}))
+    return _Comparison(original, result, inputs, batch_dims, exact, exact_if_unstable, unrewritten, seed, factor).run()
 
 
 class _Comparison:
@@ -179,6 +186,7 @@ class _Comparison:
         batch_dims: Sequence[int | None] | str | None,
         exact: Weights | Callable[[], Weights] | None,
         exact_if_unstable: bool,
+        unrewritten: bool,
         seed: int,
         factor: float,
     ) -> None:
@@ -193,6 +201,7 @@ class _Comparison:
         self.exact: Weights | Callable[[], Weights] | None = None
         if not exact_if_unstable:
             self.exact, self.spare = self.spare, None
+        self.unrewritten = unrewritten
         self.seed = seed
         self.judge = Judge(self.dtype, factor, self.exact is not None)
         self.seeds = [seed]
@@ -260,6 +269,9 @@ class _Comparison:
 
     def _measure(self) -> tuple[OutputError, ...]:
         self.runs = self._own_runs()
+        if self.unrewritten and all(_bit_for_bit(run) for run in self.runs):
+            self.notes.append("nothing was rewritten, and every output is bit for bit the original's")
+            return ()
         self._float64_runs(self.runs)
         outputs = self.judge(self.names, self.runs)
         worst = max((o.ratio for o in outputs if not o.unstable), default=0.0)
@@ -416,6 +428,16 @@ class _Comparison:
             if not same:
                 ops = ", ".join(watch.random) or "an operator that is not deterministic"
                 raise _Stop("not verifiable", f"the original gives another result each time: {ops}")
+
+
+def _bit_for_bit(run: Run) -> bool:
+    """Whether the two models' outputs are the same, down to the bits of a NaN."""
+    pairs = [(a, b) for a, b in zip(run.original, run.result, strict=True) if is_tensor(a)]  # others were compared before
+    return all(a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in pairs)
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _most(a: list[Any], b: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Outputs
+from helpers import Outputs, randomise
 from lies import COMPOSING, numbers, spoiling
 from torch import Tensor, nn
 
@@ -96,6 +97,26 @@ def test_model_failed(bug: Callable[[nn.Sequential], nn.Module], dtype: torch.dt
     model = net(dtype)
     verdict = check_model(model, bug(model), (torch.randn(1, 3, 16, 12, dtype=dtype),))
     assert verdict.status == "failed" and not verdict and verdict.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_was_not_rewritten_runs_in_float64_only_where_a_bit_differs(dtype: torch.dtype) -> None:
+    model, x = net(dtype), (torch.randn(1, 3, 16, 12).to(dtype),)
+    same = check_model(model, copy.deepcopy(model), x, unrewritten=True)
+    assert same and same.passes["original64"] == 0 and same.batches == (1, 2), same
+    assert same.notes == ("nothing was rewritten, and every output is bit for bit the original's",)
+    assert check_model(model, folded(model), x, unrewritten=True).outputs  # that it was rewritten shows in its last bits
+    wrong = copy.deepcopy(model)
+    next(wrong.parameters()).data.mul_(1.5)
+    assert check_model(model, wrong, x, unrewritten=True).status == "failed"
+
+
+def test_a_transform_that_rewrites_nothing_compares_bits() -> None:
+    model = randomise(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    verification = fxconv.report(fxconv.transform(model, torch.randn(2, 6))).verification
+    assert verification["status"] == "verified" and verification["passes"]["original64"] == 0
+    longer = nn.Sequential(*model, randomise(nn.Linear(3, 4)))
+    assert fxconv.report(fxconv.transform(longer, torch.randn(2, 6))).verification["passes"]["original64"]
 
 
 def test_float32_composition_shows_in_a_float64_model_only() -> None:
