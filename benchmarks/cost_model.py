@@ -23,8 +23,8 @@ from fxconv.cost import CostModel, Price
 from fxconv.lift import Lifter
 from fxconv.measure import example_sizes
 from fxconv.original import FREE, original_steps
-from fxconv.plan import Step
 from fxconv.profiles import load_profile
+from fxconv.steps import Step
 from fxconv.timing import paired
 from fxconv.transform import symbol_ranges
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fxconv.cost import CostModel, Profile, Rates
 from fxconv.errors import OptionError
 from fxconv.kernel import Kernel
-from fxconv.plan import Step
+from fxconv.steps import Step
 
 
 @dataclass(frozen=True)

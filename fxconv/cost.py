@@ -16,7 +16,7 @@ import sympy
 
 from fxconv.axes import Size, evaluate
 from fxconv.kernel import Kernel
-from fxconv.plan import Step
+from fxconv.steps import Step
 
 KINDS = (
     "conv",

@@ -28,13 +28,13 @@ from fxconv.cost import CostModel, Price
 from fxconv.emit import module_path
 from fxconv.errors import FxconvError, VerificationError
 from fxconv.lift import Lifter
-from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
 from fxconv.report import Capture, Cost, Remark, Report, Rewrite, attach
 from fxconv.resample import matrix
 from fxconv.shapes import propagate
-from fxconv.spelling import Barrier, Op, canonical
+from fxconv.spelling import ELEMENTWISE, Barrier, Op, canonical
 from fxconv.state import State
+from fxconv.steps import TARGETS
 
 aten = torch.ops.aten
 
@@ -42,9 +42,6 @@ _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _POOL = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
 
 _MAX_POOL = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}
-
-_ELEMENTWISE = ("hardswish", "hardsigmoid", "hardtanh", "relu6", "mish", "silu", "log_sigmoid", "celu", "selu", "softplus")
-"""Elementwise functions, of which torch does not tag all as such."""
 
 _DOUBLE = 2**24
 """Weights up to which the check runs in float64."""
@@ -233,7 +230,8 @@ class _Slider:
 
     @staticmethod
     def _pointwise(node: fx.Node) -> bool:
-        return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _opname(node) in _ELEMENTWISE
+        # Torch does not tag all of them.
+        return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _opname(node) in ELEMENTWISE
 
     def _barrier(self, node: fx.Node, source: fx.Node, grid: Grid, op: Barrier) -> None:
         """Softmax over the channels slides; what else is not affine does not, as far as is known."""

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from fxconv.axes import Size, as_size, is_static, product, shape_of
-from fxconv.shapes import SizeCheck
+from fxconv.shapes import SizeCheck, symbol_places
 from fxconv.spelling import Op, canonical
 
 Fact = tuple[sympy.Expr, int]
@@ -30,7 +30,7 @@ Fact = tuple[sympy.Expr, int]
 def assume_divisible(gm: fx.GraphModule) -> list[SizeCheck]:
     """Write the sizes in ``meta["val"]`` as multiples of what the graph's views divide them by; returns what was assumed."""
     facts: list[Fact] = []
-    places = _places(gm)
+    places = symbol_places(gm)
     for node in gm.graph.nodes:
         if not node.op.startswith("call_") or not _may_divide(node):
             continue
@@ -51,18 +51,6 @@ def assume_divisible(gm: fx.GraphModule) -> list[SizeCheck]:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(lambda v: _as_multiples(v, facts), node.meta["val"])
     return [_check(*fact, places) for fact in dict.fromkeys(facts) if fact[0].free_symbols <= places.keys()]
-
-
-def _places(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[str, int]]:
-    """The (placeholder, dim) that every symbol is the size of."""
-    found: dict[sympy.Symbol, tuple[str, int]] = {}
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            for dim, size in enumerate(shape_of(value)):
-                if isinstance(size, sympy.Symbol):
-                    found.setdefault(size, (node.name, dim))
-    return found
 
 
 def _check(size: sympy.Expr, k: int, places: dict[sympy.Symbol, tuple[str, int]]) -> SizeCheck:

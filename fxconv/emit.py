@@ -14,8 +14,8 @@ from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
 from fxconv.functional import has_effect
 from fxconv.kernel import Kernel
-from fxconv.plan import Chain, Layout, Step, plan_view
 from fxconv.state import State
+from fxconv.steps import Chain, Layout, Step, plan_view
 from fxconv.strides import needs_copy
 from fxconv.sums import plan_sum
 from fxconv.writer import Writer

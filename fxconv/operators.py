@@ -11,7 +11,6 @@ from torch import fx
 from fxconv import kernel as kernels
 from fxconv.axes import Size, is_static, product, same, shape_of
 from fxconv.expr import Apply, Const, Kept, New, Role, Shared, Value
-from fxconv.plan import Chain, Layout, Step
 from fxconv.refs import (
     LiftError,
     Ref,
@@ -22,6 +21,7 @@ from fxconv.refs import (
     refine_together,
     regroup_dims,
 )
+from fxconv.steps import Chain, Layout, Step
 
 if TYPE_CHECKING:
     from fxconv.emit import Emitter

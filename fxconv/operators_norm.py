@@ -11,8 +11,8 @@ from torch import fx
 from fxconv import kernel as kernels
 from fxconv.expr import Apply, Const, Value
 from fxconv.operators import multiply_along, rule
-from fxconv.plan import Chain, Layout, Step
 from fxconv.refs import LiftError, Ref, make_sum
+from fxconv.steps import Chain, Layout, Step
 
 if TYPE_CHECKING:
     from fxconv.emit import Emitter

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxconv.axes import Size, as_size, product, shape_of
 from fxconv.kernel import Kernel
-from fxconv.plan import Step
+from fxconv.steps import Step
 
 if TYPE_CHECKING:
     from fxconv.lift import Lifter

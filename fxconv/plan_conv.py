@@ -8,7 +8,8 @@ from fxconv import kernel as kernels
 from fxconv.axes import Size, is_static, product
 from fxconv.expr import Const, Map, New, Shared, Window, axis_positions, role_size
 from fxconv.kernel import Kernel
-from fxconv.plan import Chain, Layout, Plan, Target, _kept_rename, bias_kernel
+from fxconv.plan import _kept_rename, bias_kernel
+from fxconv.steps import Chain, Layout, Plan, Target
 from fxconv.window import Filter, conv_filter
 
 

@@ -27,7 +27,8 @@ from fxconv.expr import (
     operands,
 )
 from fxconv.lift import Lifter
-from fxconv.plan import Chain, Layout, Plan, Step, Target, gathered, plan_map, plan_view
+from fxconv.plan import gathered, plan_map
+from fxconv.steps import Chain, Layout, Plan, Step, Target, plan_view
 from fxconv.strides import reading, sliced_at
 from fxconv.sums import concatenated, multiples, plan_sum
 from fxconv.values import Values

@@ -118,6 +118,7 @@ class Search:
     _looks: int = 0
     _reach: float = 0.0
     _most_macs: float = 0.0
+    _launches: float = 0.0
     _noise: float = 0.0
     _known: dict[Hashable, Outcome] = field(default_factory=dict)
     _likeness: Likeness | None = None
@@ -180,6 +181,7 @@ class Search:
         self._trials = self._looks = 0
         self._reach = self.budget.reach * max(score(state.price_after(v), state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
+        self._launches = state.total.launches
         slack = 1.1 if state.objective == "launches" else 1.0
         self._most_macs = state.total.macs * slack * (1 + 1e-9)
         alike = self._likeness.around(v) if self._likeness is not None else None
@@ -240,16 +242,18 @@ class Search:
         touched: list[Value] = []
         for x, new, law in steps:
             touched += self._step(x, new, law)
-        more = state.total.launches - launches
         gained = start - state.score()
-        # Small multiply-adds saved by many more operators is where the model of a device is least to be trusted.
-        doubtful = state.objective == "latency" and more > 0 and gained < LAUNCH_WORTH * more
+        doubtful = self._doubtful(gained, state.total.launches - launches)
         # What a slice costs depends on who reads it, and on the way here that may have been someone else.
         if doubtful or gained < 0.5 * least:
             state.undo(mark)
             self.applied.update(applied)
             return [], 0.0
         return touched, gained
+
+    def _doubtful(self, gained: float, more: float) -> bool:
+        """Whether a gain is too small for so many more operators: there the model of a device is least to be trusted."""
+        return self.state.objective == "latency" and more > 0 and gained < LAUNCH_WORTH * more
 
     def _least_gain(self, v: Value, steps: Sequence[Step]) -> float:
         """What steps must gain; the same expression in another spelling of as many operators, a tenth of what it costs."""
@@ -436,7 +440,8 @@ class Search:
             self._tried = tried
         best: Found | None = None
         for s, total, steps, where in tried[: self.budget.beam]:
-            if total.macs <= self._most_macs and (best is None or s < best[0]):
+            allowed = total.macs <= self._most_macs and not self._doubtful(start - s, total.launches - self._launches)
+            if allowed and (best is None or s < best[0]):
                 best = (s, list(steps), [where])
         if depth > 1:
             for reached, _, steps, where in tried[: self.budget.beam]:

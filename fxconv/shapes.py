@@ -290,13 +290,25 @@ class SizeCheck:
     message: str
 
 
+def symbol_places(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[str, int]]:
+    """The first (placeholder, dim) that every symbol is the size of."""
+    found: dict[sympy.Symbol, tuple[str, int]] = {}
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(sizes(value)):
+                if is_dynamic(size) and size.node.expr.is_symbol:
+                    found.setdefault(size.node.expr, (node.name, dim))
+    return found
+
+
 def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCheck]:
     """What must be checked when the graph runs: branches that the model's code took by size, and dims fixed by choice.
 
     A guard counts if the model's own file (or ``torch.nn``) asked the question; those that torch's shape functions ask
     (is it contiguous? does it broadcast?) only concern strides. ``static`` names (placeholder, dim) fixed by choice.
     """
-    places: dict[Any, tuple[str, int]] = {}
+    places = symbol_places(gm)
     checks: list[SizeCheck] = []
     fixed: list[tuple[fx.Node, int, int]] = []
     specialised: set[int] = set()
@@ -307,10 +319,7 @@ def size_checks(gm: fx.GraphModule, static: set[tuple[str, int]]) -> list[SizeCh
             continue
         environment = getattr(getattr(value, "fake_mode", None), "shape_env", None) or environment
         for dim, size in enumerate(sizes(value)):
-            if is_dynamic(size):
-                if size.node.expr.is_symbol:
-                    places.setdefault(size.node.expr, (node.name, dim))
-            else:
+            if not is_dynamic(size):
                 fixed.append((node, dim, int(size)))
                 if (node.name, dim) in static:
                     checks.append(exact(node, dim, int(size)))

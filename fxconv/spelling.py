@@ -209,16 +209,17 @@ def _not_lifted(node: fx.Node, gm: fx.GraphModule) -> Barrier:
     return Barrier(f"{user_name(node, gm)} is not affine")
 
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     """gelu silu tanh sigmoid hardswish hardsigmoid hardtanh relu6 elu selu celu softplus mish logsigmoid log_sigmoid softsign
     erf exp log1p sin cos square abs sqrt rsqrt reciprocal""".split()
 )
+"""Functions of one tensor, entry by entry, by the name that their module and their operator have in common."""
 
 
 def elementwise(node: fx.Node, gm: fx.GraphModule) -> Op | None:
     """A function of one tensor, entry by entry, in any spelling; None for anything else."""
     value, operands = node.meta.get("val"), node.all_input_nodes
-    if len(operands) != 1 or not isinstance(value, torch.Tensor) or base_name(node, gm).lower() not in _ELEMENTWISE:
+    if len(operands) != 1 or not isinstance(value, torch.Tensor) or base_name(node, gm).lower() not in ELEMENTWISE:
         return None
     if node.op == "call_module" and not type(attribute(gm, str(node.target))).__module__.startswith("torch.nn."):
         return None  # anybody's class of that name

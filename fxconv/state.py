@@ -17,8 +17,8 @@ from fxconv.cost import Price
 from fxconv.expr import Const, Leaf, Node, Value, View, operands, walk
 from fxconv.kernel import Kernel
 from fxconv.original import layout_copies, original_steps
-from fxconv.plan import Layout, Step
 from fxconv.pricing import IMPOSSIBLE, PricedValues
+from fxconv.steps import Layout, Step
 from fxconv.strides import read_as_view
 from fxconv.values import Original
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxconv.axes import Size, product, same, shape_of
 from fxconv.expr import Apply, Kept, Map, New, Shared, Sum, View, is_selection
-from fxconv.plan import Plan
+from fxconv.steps import Plan
 
 if TYPE_CHECKING:
     from fxconv.expr import Value

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from fxconv.axes import Size, is_static
 from fxconv.constant_images import constant_before
 from fxconv.expr import Const, Kept, Map, Sum, Value, View, Window, is_multiple, is_selection
-from fxconv.plan import Chain, Layout, Step, broadcast_kernel, takes_bias
+from fxconv.plan import broadcast_kernel, takes_bias
+from fxconv.steps import Chain, Layout, Step
 
 
 @dataclass(frozen=True)

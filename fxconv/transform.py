@@ -24,12 +24,12 @@ from fxconv.lift import Lifter
 from fxconv.measure import Judge, example_sizes, whole
 from fxconv.options import Options
 from fxconv.outcome import Outcome, emit, hand_back, parameters_of, symbol_ranges
-from fxconv.plan import TARGETS
 from fxconv.profiles import load_profile
 from fxconv.report import Report, attach, read
 from fxconv.rollback import find_guilty, verify_clusters, verify_model
 from fxconv.search import Search
 from fxconv.state import State
+from fxconv.steps import TARGETS
 from fxconv.structure import structural_copy
 from fxconv.summary import summarise
 from fxconv.verify_model import ModelVerdict, as_module

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxconv.cost import Price
 from fxconv.expr import Apply, Map, Node, Sum, Value, View, operands
-from fxconv.plan import Layout
+from fxconv.steps import Layout
 
 
 @dataclass(frozen=True)

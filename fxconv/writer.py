@@ -18,8 +18,8 @@ from torch.utils._sympy.interp import handlers
 
 from fxconv.axes import Size, as_size, is_static, quotient, same, shape_of
 from fxconv.kernel import Kernel
-from fxconv.plan import Step
 from fxconv.rounding import unfit
+from fxconv.steps import Step
 
 aten = torch.ops.aten
 

@@ -134,7 +134,8 @@ def _all_taken_in(y: Value, known: Value, context: Context, depth: int = 2) -> l
         if further is not None:
             pairs += further
             continue
-        new = _taken_in(u, y, known)
+        # A pooling that keeps the scale behind it stays a pooling.
+        new = _taken_in(u, y, known) if handed is None or isinstance(u.node, Sum) else handed
         if new is None:
             return None
         pairs.append((u, new))

@@ -9,7 +9,7 @@ selected places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fxconv import kernel as kernels
 from fxconv.algebra import Meeting, meet, regroup
@@ -17,7 +17,7 @@ from fxconv.axes import is_static
 from fxconv.expr import Kept, Map, New, Role, Shared, Value, Window, is_selection, split_view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
 from fxconv.normal_form import normal
-from fxconv.raw import as_value, moved
+from fxconv.raw import Raw, as_value, moved
 from fxconv.window import affine_pairs
 
 
@@ -66,24 +66,24 @@ def exchange(m: Meeting) -> Value | None:
         return None
     # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over.
     first_roles: list[Role] = []
-    place: dict[tuple[str, int], int] = {}  # ("outer", z) or ("inner", input slot) -> slot of the result
+    place: dict[tuple[str, int], int] = {}
     kernel_axes: list[int] = []
     outer_axes = {key: i for i, key in enumerate(outer.axes())}
     for z, r in enumerate(outer.roles):
         if isinstance(r, New):
-            place["outer", z] = len(first_roles)
+            place["out", z] = len(first_roles)
             first_roles.append(r)
             kernel_axes.append(outer_axes["out", z])
             continue
         r1 = inner.roles[perm[r.src]]
         if isinstance(r1, New):
             continue
-        place["outer", z] = len(first_roles)
+        place["out", z] = len(first_roles)
         first_roles.append(moved(r, r1.src) if isinstance(r1, Kept) or r.src in moved_scale else Kept(r1.src))
         if ("out", z) in outer_axes:
             kernel_axes.append(outer_axes["out", z])
     for i in inner.contracted:
-        place["inner", i] = len(first_roles)
+        place["in", i] = len(first_roles)
         first_roles.append(Kept(i))
     columns = []
     for k in outer.contracted:
@@ -93,30 +93,38 @@ def exchange(m: Meeting) -> Value | None:
     kernel_axes += [axis for _, axis in sorted(columns)]
     base = as_value(split_view(m.x, m.in_splits))
     first = normal(base, first_roles, kernels.permute(kernel, kernel_axes))
-    # Then the inner map, on that.
-    second_roles: list[Role] = []
-    inner_axes = {key: i for i, key in enumerate(inner.axes())}
+    return inner_on(m, outer, first, place)
+
+
+Place = Mapping[tuple[str, int], int]
+"""Slots of the outer map's result on the inner one's input: ("out", z) for each slot z that the outer one makes or keeps,
+("in", i) for each slot i that the inner one contracts, ("tap", k) for an axis over the taps of the inner window that makes k.
+"""
+
+
+def inner_on(m: Meeting, outer: Raw, first: Value, place: Place, windows: Mapping[int, Window] | None = None) -> Value | None:
+    """The inner map of a meeting, on ``first``, which is the outer one on its input; None where an axis of it is not there.
+
+    ``windows`` stand in for the inner map's, by the slot of what it makes; those in ``place`` as taps are contracted.
+    """
+    inner, perm, windows = m.inner, m.perm, windows or {}
+    axes = {key: i for i, key in enumerate(inner.axes())}
+    roles: list[Role] = []
     order: list[int] = []
     for z, r in enumerate(outer.roles):
         if isinstance(r, New):
-            second_roles.append(Kept(place["outer", z]))
+            roles.append(Kept(place["out", z]))
             continue
-        y = perm[r.src]
-        r1 = inner.roles[y]
-        if isinstance(r1, New):
-            second_roles.append(r1)
-        elif isinstance(r1, Kept):
-            second_roles.append(Kept(place["outer", z]))
-        else:
-            second_roles.append(moved(r1, place["outer", z]))
-        if ("out", y) in inner_axes:
-            order.append(inner_axes["out", y])
-    inner_columns = sorted((place["inner", i], inner_axes["in", i]) for i in inner.contracted)
-    order += [axis for _, axis in inner_columns]
-    if len(order) != len(inner_axes):
+        r1 = windows.get(r.src, inner.roles[perm[r.src]])
+        roles.append(r1 if isinstance(r1, New) else moved(r1, place["out", z]))
+        if ("out", perm[r.src]) in axes:
+            order.append(axes["out", perm[r.src]])
+    columns = [(place["in", i], axes["in", i]) for i in inner.contracted]
+    columns += [(slot, axes["out", perm[k]]) for (what, k), slot in place.items() if what == "tap"]
+    order += [axis for _, axis in sorted(columns)]
+    if len(order) != len(axes):
         return None
-    second = normal(first, second_roles, kernels.permute(inner.kernel, order))
-    return regroup(second, m.out_splits, m.count)
+    return regroup(normal(first, roles, kernels.permute(inner.kernel, order)), m.out_splits, m.count)
 
 
 def _gathered(k: kernels.Kernel, axis: int, source: slice, target: slice, size: int) -> kernels.Kernel:

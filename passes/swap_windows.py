@@ -23,13 +23,14 @@ from collections.abc import Iterator
 import torch
 
 from fxconv import kernel as kernels
-from fxconv.algebra import Meeting, meet, regroup
+from fxconv.algebra import Meeting, meet
 from fxconv.axes import Size, is_static
 from fxconv.branches import densify
 from fxconv.expr import Kept, Map, New, Resample, Role, Value, Window, is_selection, split_view
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome, mapped_operand
 from fxconv.normal_form import normal
+from fxconv.passes.commute import inner_on
 from fxconv.raw import Raw, as_value, densify_resampling, moved, places
 from fxconv.window import Filter, cascade
 
@@ -100,7 +101,7 @@ def _swapped(m: Meeting) -> Value | None:
             continue
         put(("out", z), pairs[r.src][0] if r.src in pairs else moved(r, r1.src) if isinstance(r1, Kept) else Kept(r1.src))
     for i in inner.contracted:
-        put(("in of inner", i), Kept(i))
+        put(("in", i), Kept(i))
     for k in summed:
         r1 = inner.roles[perm[k]]
         assert isinstance(r1, Window)
@@ -110,25 +111,7 @@ def _swapped(m: Meeting) -> Value | None:
     before = normal(base, first, kernels.permute(kernel, [*order, *(a for _, a in columns)]))
 
     # Then the inner map, on that: it slides over what was slid over, and contracts the axes of taps.
-    inner_axis = {key: i for i, key in enumerate(inner.axes())}
-    second: list[Role] = []
-    order = []
-    for z, r in enumerate(outer.roles):
-        if isinstance(r, New):
-            second.append(Kept(place["out", z]))
-            continue
-        y = perm[r.src]
-        r1 = inner.roles[y]
-        second.append(r1 if isinstance(r1, New) else moved(pairs[r.src][1] if r.src in pairs else r1, place["out", z]))
-        if ("out", y) in inner_axis:
-            order.append(inner_axis["out", y])
-    columns = [(place["in of inner", i], inner_axis["in", i]) for i in inner.contracted]
-    columns += [(place["tap", k], inner_axis["out", perm[k]]) for k in summed]
-    order += [a for _, a in sorted(columns)]
-    if len(order) != len(inner_axis):
-        return None
-    after = normal(before, second, kernels.permute(inner.kernel, order))
-    return regroup(after, m.out_splits, m.count)
+    return inner_on(m, outer, before, place, {k: then for k, (_, then) in pairs.items()})
 
 
 def _acts(outer: Raw) -> set[int]:

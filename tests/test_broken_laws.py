@@ -14,7 +14,7 @@ import fxconv
 from fxconv import pricing
 from fxconv.expr import Map, Value
 from fxconv.law import Context, Joint, Law
-from fxconv.plan import Step
+from fxconv.steps import Step
 from fxconv.writer import Writer
 
 

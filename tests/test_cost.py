@@ -12,7 +12,7 @@ import fxconv
 from fxconv import measure
 from fxconv.cost import CPU, CostModel
 from fxconv.kernel import Kernel
-from fxconv.plan import Step
+from fxconv.steps import Step
 
 
 def _weight(*shape: int) -> Kernel:

@@ -15,13 +15,13 @@ from helpers import randomise
 from torch import Tensor, nn
 
 from fxconv.capture import capture
-from fxconv.cost import CPU, CostModel
+from fxconv.cost import CPU, OBJECTIVES, CostModel
 from fxconv.expr import Value, operands
 from fxconv.lift import Lifter
 from fxconv.passes import LAWS
-from fxconv.plan import TARGETS
 from fxconv.search import Search, Step
 from fxconv.state import State
+from fxconv.steps import TARGETS
 from fxconv.transform import _roots, example_sizes, symbol_ranges
 
 STATES = 150
@@ -108,13 +108,19 @@ def fingerprint(state: State) -> Hashable:
     return tuple(known[v] for v in state.roots)
 
 
+def asked_for(state: State) -> float:
+    """What the objective counts, without the time that decides between equals."""
+    return state.score() if state.objective == "latency" else float(getattr(state.total, state.objective))
+
+
 def cheapest(search: Search) -> tuple[float, int]:
-    """The least of what is asked for in any state that laws reach with no more multiply-adds than the start has, and how many
-    states were seen.
+    """The least of what is asked for in any state that laws reach with no more multiply-adds than the start has, and with no
+    more launches than the search would pay for what they save; and how many states were seen.
     """
     state = search.state
     most = state.total.macs
-    best = float(getattr(state.total, state.objective))
+    first = state.score(), state.total.launches
+    best = asked_for(state)
     seen = {fingerprint(state)}
     queue: list[list[Step]] = [[]]
     while queue and len(seen) < STATES:
@@ -130,19 +136,20 @@ def cheapest(search: Search) -> tuple[float, int]:
                 if key not in seen:
                     seen.add(key)
                     queue.append([*path, *steps])
-                    if state.total.macs <= most:
-                        best = min(best, float(getattr(state.total, state.objective)))
+                    doubtful = search._doubtful(first[0] - state.score(), state.total.launches - first[1])
+                    if state.total.macs <= most and not doubtful:
+                        best = min(best, asked_for(state))
             state.undo(mark)
         state.undo(start)
     return best, len(seen)
 
 
 @pytest.mark.parametrize("seed", range(16))
-@pytest.mark.parametrize("objective", ["macs", "params"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_search_finds_what_an_exhaustive_search_finds(seed: int, objective: str) -> None:
     count = 2 + seed % 5
     best, states = cheapest(load(seed, count, objective))
     search = load(seed, count, objective)
     search.run()
-    found = float(getattr(search.state.total, objective))
-    assert found <= best, f"{found} {objective} where {best} are reached, in {states} states"
+    found = asked_for(search.state)
+    assert found <= best * (1 + 1e-9), f"{found} {objective} where {best} are reached, in {states} states"

@@ -37,7 +37,7 @@ TIMM = {
     "repghostnet_050": 64,
     "ghostnetv3_050": 64,
     "lcnetv2_small": 64,
-    "efficientvit_m0": 64,
+    "efficientvit_m0": 224,
     "levit_128s": 224,
     # the other families that have a fuse() or a reparameterize()
     "levit_conv_128s": 224,
