@@ -245,7 +245,10 @@ def place(ref: Ref, starts: dict[int, tuple[int, Size]], step: dict[int, int] | 
         if (s == 1 or is_static(size)) and not is_static(as_size(size * s - n)):
             # The size of a window is ⌊(n + extent)/step⌋ with a fixed extent.
             raise LiftError(f"{size} elements from an axis of size {n}")
-        roles[d] = Window(0, selection_filter(start, n, size, s), size)
+        try:
+            roles[d] = Window(0, selection_filter(start, n, size, s), size)
+        except ValueError as error:
+            raise LiftError(str(error)) from error
     if not roles:
         return ref
     return along_dims(ref, roles, kernels.uniform([1] * len(roles), 1.0))

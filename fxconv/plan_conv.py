@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, is_static, product
+from fxconv.axes import Size, is_static, product, same
 from fxconv.expr import Const, Map, New, Shared, Window, axis_positions, role_size
 from fxconv.kernel import Kernel
 from fxconv.plan import _kept_rename, bias_kernel
@@ -226,7 +226,9 @@ def _emit_conv(
     shape = list(before)
     for i, (start, end) in enumerate(crops):
         f = filters[i]
-        if start or end < 0 and f.down == 1:
+        if end < 0 and same(conv_filter(f.taps, f.down, f.offset, 0, f.dilation).out_size(before[2 + i]), out_sizes[i]):
+            end = 0  # what a stride leaves over is not read anyway
+        if start or end < 0:
             shape[2 + i] = _less(shape[2 + i], start - min(end, 0))
             chain.add("slice", shape, dim=2 + i, start=start, end=end if end < 0 else None, step=1)
     if any(p != (0, 0) for p in pads):

@@ -179,7 +179,7 @@ class Search:
         """Take the best sequence of steps that starts at v, if one pays; returns the values to look at again."""
         state = self.state
         self._trials = self._looks = 0
-        self._reach = self.budget.reach * max(score(state.price_after(v), state.objective), 1e-9)
+        self._reach = self.budget.reach * max(score(self._price_around(v), state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
         self._launches = state.total.launches
         slack = 1.1 if state.objective == "launches" else 1.0
@@ -192,6 +192,17 @@ class Search:
             if alike is not None:
                 self._known[alike] = outcome
         return self._neighbourhood(touched)
+
+    def _price_around(self, v: Value) -> Price:
+        """What v and its readers cost, and what they are computed from within as many steps as the search takes."""
+        level = [v, *self._few_readers(v)]
+        total, seen = Price(), set(level)
+        for _ in range(self.budget.depth + 1):
+            for x in level:
+                total = total + self.state.prices.get(x, Price())
+            level = [y for y in dict.fromkeys(y for x in level for y in self.state.reads(x)) if y not in seen]
+            seen.update(level)
+        return total
 
     def _search(self, v: Value) -> tuple[list[Value], Outcome]:
         """Explore from v and take what pays best: the values touched, and what a value like v need not search for."""

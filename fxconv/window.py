@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from torch.utils._sympy.functions import FloorDiv
 
-from fxconv.axes import Size, as_size, is_static
+from fxconv.axes import Size, as_size, evaluate, is_static, same
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,21 @@ def nearest_filter(scale: int) -> Filter:
 
 
 def selection_filter(start: int, n_in: Size, n_out: Size, step: int = 1) -> Filter:
-    """``x[start::step]`` cut to ``n_out``; a negative start pads with zeros."""
+    """``x[start::step]`` cut to ``n_out``; a negative start pads with zeros.
+
+    Raises ValueError where n_out is not ⌊(n_in + extent)/step⌋ for any one extent.
+    """
     diff = as_size(n_out * step - n_in)
     if is_static(diff):
         return Filter(1, step, 1, 1, -start, int(diff))
-    # n_out = ⌊(n_in + extent)/step⌋ with an open end: extent follows from the start.
-    return Filter(1, step, 1, 1, -start, step - 1 - start)
+    # At any sizes, all but ``step`` extents are out of the question.
+    example = {s: 2**16 for size in (n_in, n_out) if not is_static(size) for s in size.free_symbols}
+    least = evaluate(n_out, example) * step - evaluate(n_in, example)
+    for extent in range(min(least + step - 1, step - 1 - start), least - 1, -1):
+        filter_ = Filter(1, step, 1, 1, -start, extent)
+        if same(filter_.out_size(n_in), n_out):
+            return filter_
+    raise ValueError(f"{n_out} elements, every {step}, from an axis of size {n_in}")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,73 @@ def test_diverse_branch_block(in_place: bool, stride: int) -> None:
     check(model, (draw((2, 6, 9, 13)),), **only(conv=1))
 
 
+class SumOfChunks(nn.Module):
+    """Thirds of one convolution's channels, added with weights."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](8, 30, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, c = self.conv(x).chunk(3, 1)
+        return a + 2 * b - c
+
+
+@pytest.mark.parametrize("objective", ["latency", "macs"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_sum_of_chunks_is_one_convolution_of_fewer_channels(rank: int, objective: str) -> None:
+    """Merged, the chunks are read by one map, which costs more until the convolution takes it in."""
+    x = draw((2, 8, 9, 7, 6)[: rank + 2])
+    check(randomise(SumOfChunks(rank)), (x,), objective=objective, max_macs_ratio=1 / 3, **only(conv=1))
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.full, self.down, self.up = nn.Linear(32, 24), nn.Linear(32, 4, bias=False), nn.Linear(4, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.full(x) + 0.3 * self.up(self.down(x))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_branches_that_cost_more_until_they_are_merged(stride: int) -> None:
+    """Multiply-adds rise before they fall: two factors become one, an average pooling a convolution."""
+    check(randomise(LowRank()), (draw((5, 32)),), objective="macs", max_macs_ratio=768 / 992, **only(linear=1))
+    block = randomise(DBB(c_in=8, c_out=12, stride=stride))
+    check(block, (draw((2, 8, 15, 18)),), objective="macs", **only(conv=1))
+
+
+CUTS = {
+    "every_second": slice(None, None, 2),
+    "from_1_every_second": slice(1, None, 2),
+    "between_every_second": slice(1, -1, 2),
+    "but_the_last_every_second": slice(None, -1, 2),
+    "but_the_last_3_every_third": slice(2, -3, 3),
+    "between": slice(2, -3),
+}
+
+
+class Cut(nn.Module):
+    def __init__(self, rows: slice, stride: int) -> None:
+        super().__init__()
+        self.conv, self.rows = nn.Conv2d(8, 16, 3, stride), rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)[:, :, self.rows, ::2]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("rows", CUTS.values(), ids=CUTS)
+def test_slices_of_a_convolution_are_taken_in_at_any_height(rows: slice, stride: int) -> None:
+    """Where a slice with a step ends hangs on what height and end leave over."""
+    x = draw((2, 8, 27, 29))
+    out = check(randomise(Cut(rows, stride)), (x,), max_macs_ratio=0.52, ops={"conv": 1}, at_most={"slice": 2})
+    for height in range(21, 33):
+        x = draw((1, 8, height, 16), height).double()
+        assert relative_error(run(out.result, (x,)), run(out.original, (x,))) < 1e-12, height
+
+
 def test_pointwise_with_bias_before_padded_is_one_conv_or_refused() -> None:
     """The border needs the bias: a border map if that pays, else a refusal that says so."""
     model = randomise(chain_model(a=nn.Conv2d(16, 64, 1), b=nn.Conv2d(64, 16, 3, padding=1)))
