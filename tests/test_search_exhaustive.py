@@ -37,11 +37,16 @@ class Region(nn.Module):
         self.plan: list[tuple[str, int, int]] = []
         channels = [6]
         for i in range(count):
-            kind = draw.choice(("conv1", "conv3", "norm", "scale", "add", "pool", "up", "wide"))
+            kind = draw.choice(("conv1", "conv3", "norm", "scale", "add", "pool", "up", "wide", "cut"))
             a = draw.randrange(max(0, len(channels) - 2), len(channels))
             same = [b for b in range(len(channels)) if channels[b] == channels[a]]
             b = draw.choice(same)
-            width = {"conv1": draw.choice((4, 6, 12)), "conv3": draw.choice((4, 6, 12)), "wide": 24}.get(kind, channels[a])
+            width = {
+                "conv1": draw.choice((4, 6, 12)),
+                "conv3": draw.choice((4, 6, 12)),
+                "wide": 24,
+                "cut": max(1, channels[a] // 2),
+            }.get(kind, channels[a])
             if kind in ("conv1", "wide"):
                 self.add_module(f"op{i}", nn.Conv2d(channels[a], width, 1, bias=draw.random() < 0.5))
             elif kind == "conv3":
@@ -59,6 +64,8 @@ class Region(nn.Module):
                 y = getattr(self, f"op{i}")(y)
             elif kind == "scale":
                 y = y * 0.5 + 1
+            elif kind == "cut":
+                y = y[:, -max(1, y.shape[1] // 2) :]
             elif kind == "pool" and min(y.shape[2:]) > 6:
                 y = nn.functional.avg_pool2d(y, 2)
             elif kind == "up" and max(y.shape[2:]) < 20:
