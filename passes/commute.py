@@ -62,8 +62,8 @@ def exchange(m: Meeting) -> Value | None:
         axis = outer.axes().index(("out", z))
         kernel = _gathered(kernel, axis, pairs.y, pairs.i, int(n_in))
         moved_scale[k] = r1.src
-    if not acts:
-        return None
+    if not acts and outer.kernel.uniform is None:
+        return None  # a number acts on no axis, and still changes places
     # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over.
     first_roles: list[Role] = []
     place: dict[tuple[str, int], int] = {}

@@ -1,10 +1,14 @@
-"""Random affine DAGs: the result equals the original exactly, and never costs more by what was asked for."""
+"""Random affine DAGs: the result equals the original, and never costs more by what was asked for.
+
+Weights and inputs are small integers, which float64 adds exactly; only what divides (an average of three, an exactly low-rank
+weight in two factors) rounds at all.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Snapshot, macs, n_params, run, with_batch
+from helpers import Snapshot, macs, n_params, relative_error, run, with_batch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from zoo.random_dag import Model, Program, programs
@@ -35,14 +39,27 @@ def compare(program: Program, objective: str, capture: str) -> None:
         trial = integers(tuple(trial.shape), batch)
         got, want = run(result, (trial,)), run(model, (trial,))
         for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
-            assert a.shape == b.shape and torch.equal(a, b), f"batch {batch}: {(a - b).abs().max():g}"
+            assert a.shape == b.shape and relative_error(a, b) < 1e-12, f"batch {batch}: {relative_error(a, b):g}"
+    for sizes in ((5, 9), (12, 7), (8, 8), (13, 14)):
+        trial = integers((*program.shape[:2], *sizes), sizes[0])
+        try:
+            want = run(model, (trial,))
+        except RuntimeError:
+            continue  # the original does not take these sizes
+        try:
+            got = run(result, (trial,))
+        except AssertionError as error:
+            assert "captured for" in str(error)
+            continue
+        for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
+            assert a.shape == b.shape and relative_error(a, b) < 1e-12, f"{sizes}: {relative_error(a, b):g}"
 
     if objective == "macs":
         assert macs(result, (x,)) <= macs(model, (x,))
     elif objective == "params":
         assert n_params(result) <= n_params(model)
     else:
-        assert report.cost_after.seconds <= report.cost_before.seconds
+        assert report.cost_after.seconds <= report.cost_before.seconds * (1 + 1e-12)  # sums of the same prices in another order
 
 
 @settings(max_examples=EXAMPLES)

@@ -75,8 +75,8 @@ class Model(nn.Module):
 def _layer(step: Step, shapes: list[Shape]) -> nn.Module | None:
     channels, n = shapes[0][1], step.numbers
     if step.op == "conv":
-        out, kernel, stride, padding, groups, bias = n
-        return nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=bool(bias))
+        out, kernel, stride, padding, dilation, groups, bias = n
+        return nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bool(bias))
     if step.op == "up_conv":
         out, kernel, stride, padding, bias = n
         return nn.ConvTranspose2d(channels, out, kernel, stride, padding, bias=bool(bias))
@@ -100,9 +100,20 @@ def _apply(step: Step, xs: list[Tensor]) -> Tensor:
     if step.op == "pad":
         return F.pad(x, n)
     if step.op == "slice":
-        return x[:, n[0] : n[1]]
+        return x[:, n[0] : n[1] : n[2]]
     if step.op == "crop":
-        return x[:, :, n[0] :, :: n[1]]
+        return x[:, :, n[0] : n[1] or None : n[2], :: n[3]]
+    if step.op == "flip":
+        return x.flip(n[0])
+    if step.op == "halves":
+        a, b = x.chunk(2, 1)
+        return a - 2 * b
+    if step.op == "sum":
+        return x.sum(1, keepdim=True)
+    if step.op == "unshuffle":
+        return F.pixel_unshuffle(x, 2)
+    if step.op == "pixels":
+        return F.pixel_shuffle(x, 2)
     if step.op == "nearest":
         return F.interpolate(x, scale_factor=2, mode="nearest")
     if step.op == "swap":  # width and channels
@@ -146,6 +157,7 @@ MAPS = (
     "swap",
 )
 MAPS += ("shuffle", "tokens", "mean", "flatten", "relu", "linear")
+MAPS += ("flip", "halves", "sum", "unshuffle", "pixels")
 
 
 def _numbers(op: str, shape: Shape, draw: Any) -> tuple[int, ...] | None:
@@ -161,9 +173,10 @@ def _numbers(op: str, shape: Shape, draw: Any) -> tuple[int, ...] | None:
     small = min(h, w)
     if op == "conv":
         kernel = pick(*(k for k in (1, 2, 3) if k <= small))
+        dilation = pick(1, 2) if 2 * kernel - 1 <= small else 1
         out = pick(2, 4, 6)
         groups = pick(*(g for g in (1, 1, 2, c) if c % g == 0 and out % g == 0))
-        return out, kernel, pick(1, 1, 2), pick(0, kernel // 2), groups, pick(0, 1)
+        return out, kernel, pick(1, 1, 2), pick(0, kernel // 2), dilation, groups, pick(0, 1)
     if op == "up_conv":
         kernel = pick(2, 4)
         return (pick(2, 3), kernel, 2, pick(0, kernel // 2 - 1), pick(0, 1)) if small <= 8 else None
@@ -173,9 +186,19 @@ def _numbers(op: str, shape: Shape, draw: Any) -> tuple[int, ...] | None:
         return (pick(0, 1, 2), pick(0, 1), pick(0, 1), pick(0, 2))
     if op == "slice":
         start = pick(*range(c))
-        return start, pick(*range(start + 1, c + 1))
+        return start, pick(*range(start + 1, c + 1)), pick(1, 1, 2)
     if op == "crop":
-        return (pick(0, 1), pick(1, 2)) if small >= 2 else None
+        return (pick(0, 1), pick(0, 0, -1, -2), pick(1, 2, 3), pick(1, 2)) if h >= 4 else None
+    if op == "flip":
+        return (pick(1, 2),)
+    if op == "halves":
+        return () if c % 2 == 0 else None
+    if op == "sum":  # written as a mean where that is cheaper: the same restriction
+        return () if c & (c - 1) == 0 else None
+    if op == "unshuffle":
+        return () if h % 2 == w % 2 == 0 and c <= 4 else None
+    if op == "pixels":
+        return () if c % 4 == 0 and small <= 8 else None
     if op == "nearest":
         return () if small <= 8 else None
     if op == "shuffle":
@@ -209,7 +232,9 @@ def programs(draw: Any, max_steps: int = 6) -> Program:
                 if other == shapes[first] or op == "cat" and other[:1] + other[2:] == shapes[first][:1] + shapes[first][2:]
             ]
             inputs = (first, draw(st.sampled_from(like)))
-            numbers: tuple[int, ...] | None = (draw(st.sampled_from([1, 1, -1, 2])),) if op == "add" else ()
+            # x - x is a constant, which is no region.
+            factors = [1, 1, 2] if len(set(inputs)) == 1 else [1, 1, -1, 2]
+            numbers: tuple[int, ...] | None = (draw(st.sampled_from(factors)),) if op == "add" else ()
         else:
             numbers = _numbers(op, shapes[first], draw)
         if numbers is None:
