@@ -66,7 +66,18 @@ class Cutter:
         self.before = {n.name: n for n in captured.graph.nodes}
         self.after = {n.name: n for n in emitted.gm.graph.nodes}
         self.renamed = {c.result: c.node for c in emitted.clusters}
+        self.permuted = dict(filter(None, map(self._before_its_permute, emitted.clusters)))
         self.norms = False
+
+    def _before_its_permute(self, cluster: Cluster) -> tuple[str, tuple[str, list[int]]] | None:
+        """The node that a result is a permute of, which other rewrites may read: (its name, (the value, the dims of it))."""
+        result = self.after[cluster.result]
+        if result.target not in (torch.ops.aten.permute.default, torch.permute):
+            return None
+        operand, dims = result.args
+        if not isinstance(operand, fx.Node) or operand.name not in cluster.new_nodes:
+            return None
+        return operand.name, (cluster.node, sorted(range(len(dims)), key=lambda i: dims[i]))
 
     def cut(self, cluster: Cluster) -> Pair:
         """The two sides of one cluster."""
@@ -165,6 +176,10 @@ class Cutter:
                 inputs.append(name)
                 aliases[node.name] = name
                 continue
+            if node.name in self.permuted and self.permuted[node.name][0] in free:
+                inputs.append(self.permuted[node.name][0])
+                aliases[node.name] = inputs[-1]
+                continue
             stack.append((node, True))
             stack.extend((n, False) for n in reversed(node.all_input_nodes))
         return nodes, inputs, aliases
@@ -187,7 +202,12 @@ class Cutter:
         graph = fx.Graph()
         root = nn.Module()
         given = {name: graph.placeholder(name) for name in inputs}
-        env: dict[str, fx.Node] = {node: given[name] for node, name in aliases.items()}
+        env: dict[str, fx.Node] = {}
+        for node_name, name in aliases.items():
+            whole = given[name]
+            if node_name in self.permuted and node_name != name:
+                whole = graph.call_function(torch.ops.aten.permute.default, (whole, self.permuted[node_name][1]))
+            env[node_name] = whole
         for node in nodes:
             if node.name in env:
                 continue

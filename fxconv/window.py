@@ -86,7 +86,7 @@ def selection_filter(start: int, n_in: Size, n_out: Size, step: int = 1) -> Filt
     if is_static(diff):
         return Filter(1, step, 1, 1, -start, int(diff))
     # At any sizes, all but ``step`` extents are out of the question.
-    example = {s: 2**16 for size in (n_in, n_out) if not is_static(size) for s in size.free_symbols}
+    example = {s: 2**16 for size in (n_in, n_out) if not isinstance(size, int) for s in size.free_symbols}
     least = evaluate(n_out, example) * step - evaluate(n_in, example)
     for extent in range(min(least + step - 1, step - 1 - start), least - 1, -1):
         filter_ = Filter(1, step, 1, 1, -start, extent)

@@ -114,3 +114,13 @@ def test_a_constant_of_python_numbers_is_no_false_alarm(capture: str) -> None:
 def test_siblings_are_sliced_in_either_dialect(capture: str) -> None:
     out = check(randomise(Siblings()), draw((2, 3, 8, 6)), capture=capture, objective="launches")
     assert out.kinds["conv"] == 1
+
+
+def test_a_value_that_is_read_in_another_layout_is_the_same_input() -> None:
+    """PoolFormer's residual stream is a permute of what the next block's scale reads, and its norm reads the stream."""
+    import timm
+
+    stage = timm.create_model("poolformerv2_s12").stages[2]
+    model = randomise(nn.Sequential(stage.downsample, *stage.blocks[:2])).eval()
+    report = fxconv.report(fxconv.transform(model, draw((2, 128, 12, 10)).float()))
+    assert report.verified and report.applied and not report.rolled_back
