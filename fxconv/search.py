@@ -42,7 +42,8 @@ class Budget:
         trials: how many tentative steps one value may cause.
         looks: how many times the laws may be asked on behalf of one value.
         readers: how many readers of a value may be looked at after a step at that value; of more, none are.
-        reach: how much a step may cost on the way, in prices of the value that it starts at (with what was made for it).
+        reach: how much a step may cost on the way, in prices of the value that it starts at, its readers, and what they are
+            computed from within as many steps as depth; of launches, in those of the value with what was made for it.
     """
 
     depth: int = 3
@@ -179,7 +180,9 @@ class Search:
         """Take the best sequence of steps that starts at v, if one pays; returns the values to look at again."""
         state = self.state
         self._trials = self._looks = 0
-        self._reach = self.budget.reach * max(score(self._price_around(v), state.objective), 1e-9)
+        # A sum of slices costs no multiply-adds, and little time, beside what computes them; launches it has as many.
+        around = state.price_after(v) if state.objective == "launches" else self._price_around(v)
+        self._reach = self.budget.reach * max(score(around, state.objective), 1e-9)
         # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
         self._launches = state.total.launches
         slack = 1.1 if state.objective == "launches" else 1.0

@@ -61,7 +61,7 @@ class Model(nn.Module):
                             tensor.copy_(_ints(tuple(tensor.shape), generator))
                 self.layers[str(i)] = layer
             shapes.append(shape_after(step, [shapes[j] for j in step.inputs]))
-        self.double().eval()
+        self.double().eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Any:
         values = [x]
