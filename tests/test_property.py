@@ -1,7 +1,7 @@
 """Random affine DAGs: the result equals the original, and never costs more by what was asked for.
 
-Weights and inputs are small integers, which float64 adds exactly; only what divides (an average of three, an exactly low-rank
-weight in two factors) rounds at all.
+Weights and inputs are small integers, which float64 adds exactly; only what divides rounds at all: an exactly low-rank weight in
+two factors, and at other sizes than the program's an average.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ def compare(program: Program, objective: str, capture: str) -> None:
     report = fxconv.report(result)
     assert not report.rolled_back, "a law was wrong, and the verifier had to take it back"
     assert report.verified
+    # An exactly low-rank weight in two factors rounds; nothing else does at these sizes.
+    rounded = 1e-12 if any("recover" in r.laws for r in report.applied) else 0.0
     for batch in (2, 1, 3):
         (trial,) = with_batch((x,), batch)
         trial = integers(tuple(trial.shape), batch)
         got, want = run(result, (trial,)), run(model, (trial,))
         for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, want)), strict=True):
-            assert a.shape == b.shape and relative_error(a, b) < 1e-12, f"batch {batch}: {relative_error(a, b):g}"
+            assert a.shape == b.shape and relative_error(a, b) <= rounded, f"batch {batch}: {relative_error(a, b):g}"
     for sizes in ((5, 9), (12, 7), (8, 8), (13, 14)):
         trial = integers((*program.shape[:2], *sizes), sizes[0])
         try:
