@@ -99,7 +99,9 @@ def block_axes(w: torch.Tensor, most: int = 3) -> list[Axis]:
     entries = list(zip(s.rows.tolist(), s.columns.tolist(), strict=True))
     found: list[Axis] = []
     total: int | None = None
-    for g in reversed(divisors(math.gcd(*w.shape))):
+    # A row lies in one of g blocks: all else in it is zero.
+    widest = w.shape[1] // int(w[s.rows.to(w.device)].count_nonzero(1).max())
+    for g in reversed([g for g in divisors(math.gcd(*w.shape)) if g <= widest]):
         if g == 1 or len(found) == most:
             break
         for row in divisors(w.shape[0] // g):

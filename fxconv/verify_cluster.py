@@ -229,7 +229,9 @@ class _Check:
         for spatial in self.sizes.small(which):
             values = self.sizes.at(batch, spatial)
             try:
-                if self.outputs(values, kinds, interior_of=full):
+                if shapes := self.outputs(values, kinds, interior_of=full):
+                    # Small is not small where the example's own images have shrunk to a few pixels.
+                    self.dear |= self._work_at(shapes, batch, full) > _DEAR
                     return values
             except _Unfit:
                 continue
@@ -238,6 +240,11 @@ class _Check:
             raise _Unfit(f"no size could be found that it takes with a batch of {batch}")
         self.outputs(largest, kinds)
         return largest
+
+    def _work_at(self, shapes: Sequence[torch.Size], batch: int, full: Sequence[torch.Size]) -> float:
+        """Multiply-adds of one sample whose outputs have these shapes, by those of the sample at full size."""
+        entries = sum(s.numel() for s in shapes) / max(batch, 1)
+        return self.work * entries / max(sum(s.numel() for s in full), 1)
 
     def outputs(
         self,
