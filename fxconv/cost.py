@@ -232,7 +232,8 @@ class CostModel:
             return Price()
         kind = self.kind(step)
         work, read, written, constants = self.amounts(step)
-        entries = [self.count(w.shape) for w in step.weights]
+        # A number is written as such, and stored nowhere.
+        entries = [0.0 if not w.shape and w.uniform is not None else self.count(w.shape) for w in step.weights]
         params = sum(entries)
         if readers is not None and params:
             shared = sum(n / readers(w) for n, w in zip(entries, step.weights, strict=True))

@@ -6,6 +6,7 @@ cached until `release` is called.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -227,7 +228,17 @@ def placed(k: Kernel, dim: int, size: int, start: int, step: int) -> Kernel:
 
 
 def add(kernels: Sequence[Kernel]) -> Kernel:
-    """The sum of kernels of equal shape; multiples of one kernel are added up as numbers, so that those that cancel are gone."""
+    """The sum of kernels of equal shape; multiples of one kernel are added up as numbers, so that those that cancel are gone.
+
+    So are kernels of one number each; what rounding leaves of numbers that cancel is nothing.
+    """
+    numbers = [k.uniform for k in kernels if k.uniform is not None]
+    if len(numbers) > 1:
+        total = math.fsum(numbers)
+        if abs(total) <= 4 * torch.finfo(torch.float64).eps * sum(map(abs, numbers)):
+            total = 0.0
+        others = [k for k in kernels if k.uniform is None]
+        kernels = [uniform(kernels[0].shape, total), *others] if total or not others else others
     factors: dict[Kernel, float] = {}
     for k in kernels:
         factor, of = multiple_of(k)

@@ -67,7 +67,7 @@ class PricedValues(Values):
         """The total with operators that the target forbids at their own price, not the search's penalty."""
         total = Price()
         for v in self.uses:
-            total = total + (self.originals[v].price if self.unchanged(v) else self.prices.get(v, Price()))
+            total = total + (self._original_price(v) if self.unchanged(v) else self.prices.get(v, Price()))
         return total
 
     def price_before(self, v: Value, nodes: Iterable[str]) -> Price:
@@ -188,10 +188,12 @@ class PricedValues(Values):
         before = {} if before is None else before
         queue: list[Value] = []
         for x, count in touched.items():
-            if x is not v and self.unchanged(x) and count and x in self.uses:
-                continue  # an original's price and layout do not depend on who reads it
+            if x is not v and self.unchanged(x) and count and x in self.uses and not is_selection(x.node):
+                continue  # an original's price and layout do not depend on who reads it, but for a slice's
             queue.append(x)
             before[x] = self.prices.get(x), self.layouts.get(x)
+            if isinstance(x.node, View) and is_selection(x.node.x.node) and x.node.x in self.uses:
+                queue.append(x.node.x)  # a slice is copied by who reads it through a view too
             if not self.unchanged(x):
                 self.layouts.pop(x, None)
                 queue.extend(t for t in operands(x.node) if t in self.uses and _flexible(t))
@@ -257,7 +259,7 @@ class PricedValues(Values):
             if isinstance(v.node, Apply) and not self.unchanged(v.node.x) and v.node.x.sizes == v.sizes:
                 # An elementwise function hands on the strides that it gets.
                 self.layouts[v] = self.layout(v.node.x)
-            return original.price if original.allowed else IMPOSSIBLE
+            return self._original_price(v) if original.allowed else IMPOSSIBLE
         node = v.node
         if isinstance(node, (Leaf, Const)):
             self.layouts[v] = tuple((i,) for i in range(v.rank))
@@ -278,6 +280,15 @@ class PricedValues(Values):
             return IMPOSSIBLE
         self.layouts[v] = found.layout
         return found.price if found.sliced is None else found.price + self._copies(v, *found.sliced)
+
+    def _original_price(self, v: Value) -> Price:
+        """What v costs as the original graph computes it; a slice, with the copies that its readers make, whoever they are now."""
+        price = self.originals[v].price
+        found = self._map_price(v) if is_selection(v.node) else None
+        if found is None or found.sliced is None:
+            return price
+        step, at = found.sliced
+        return price + self._copies_by(reading(self, v, step.shape[at:]).copies, step)
 
     def _map_price(self, v: Value) -> _MapPrice | None:
         """The price of a map or a view, worked out once for all that are alike; None where no operator computes it."""
@@ -331,10 +342,13 @@ class PricedValues(Values):
     def _copies(self, v: Value, step: Step, at: int) -> Price:
         """What the readers of a slice pay because it is not contiguous."""
         found = reading(self, v, step.shape[at:])
-        copy = self.model.price(Step("copy", step.shape, step.shape))
         if found.contiguous:
-            return copy
-        return replace(copy.times(found.copies), launches=0.0)
+            return self.model.price(Step("copy", step.shape, step.shape))
+        return self._copies_by(found.copies, step)
+
+    def _copies_by(self, readers: int, step: Step) -> Price:
+        """What it costs that readers copy a slice before they compute."""
+        return replace(self.model.price(Step("copy", step.shape, step.shape)).times(readers), launches=0.0)
 
     def _inlined(self, v: Value) -> bool:
         """Whether every user writes v as a part of its own concatenation."""

@@ -230,13 +230,13 @@ class Search:
             self.untaken[v] = {law: replace(missed, value=v) for law, missed in known.untaken.items()}
             return []
         start, mark, path = state.score(), state.mark(), self._path
-        focus, found, complete = [v], list[Step](), False
+        focus, joint, found, complete = [v], list[Value](), list[Step](), False
         for level, (at, which) in enumerate(known.route):
             proposals = self._proposals(focus[at], late=level == 0) if at < len(focus) else []
             if which >= len(proposals) or not self._redefine(proposals[which]):
                 break
             found += proposals[which]
-            focus = self._nearby(proposals[which])
+            focus, joint = self._next(proposals[which], joint)
             self._path = self._path | {x for x, _, _ in proposals[which]}
         else:
             complete = abs(start - state.score() - known.gained) <= 1e-6 * known.gained
@@ -365,7 +365,19 @@ class Search:
         if written_anew or late and v in self.state.originals and not self.state.unchanged(v):
             # What was worth it with other neighbours may not be any more.
             found.append([(v, None, "restore")])
+            if dead := self._dead_below(v):
+                found.append([*found[-1], *((x, None, "restore") for x in dead)])
         return [*found, *self._inner_proposals(v)]
+
+    def _dead_below(self, v: Value) -> list[Value]:
+        """What the original graph computes v from and nothing reads at present, as far as it was redefined before."""
+        state, found, stack = self.state, list[Value](), [v]
+        while stack:
+            for x in state.originals[stack.pop()].reads:
+                if x in state.originals and x not in state.uses and not state.unchanged(x) and x not in found:
+                    found.append(x)
+                    stack.append(x)
+        return found
 
     def _inner_proposals(self, v: Value) -> list[list[Step]]:
         """Steps inside a value that an original node computes as a whole: a convolution's map, without its bias.
@@ -405,14 +417,6 @@ class Search:
         """Whether x is computed as a part of an original node's value only."""
         return x not in self.state.uses and x not in self.state.originals
 
-    def _margin(self, steps: Sequence[Step]) -> float:
-        """What a move must save before it counts."""
-        state = self.state
-        margin = next((law.margin for law in self.laws if law.name == steps[0][2]), 0.0)
-        if not margin or state.objective != "latency":
-            return 0.0
-        return margin * sum(score(state.prices.get(x, Price()), "latency") for x, _, _ in steps)
-
     def _redefine(self, steps: Sequence[Step]) -> bool:
         """Take steps for a trial; False where they change nothing, or can't be priced: the caller takes them back."""
         changed = False
@@ -426,11 +430,14 @@ class Search:
                 return False
         return changed
 
-    def _explore(self, focus: Sequence[Value], depth: int, start: float) -> Found | None:
-        """The best outcome of up to ``depth`` moves on the values in focus; the state is left as found."""
+    def _explore(self, focus: Sequence[Value], depth: int, start: float, joint: list[Value] | None = None) -> Found | None:
+        """The best outcome of up to ``depth`` moves on the values in focus; the state is left as found.
+
+        ``joint`` is what several values that were redefined together on the way have around them.
+        """
         state = self.state
         tried: list[Trial] = []
-        seen: set[tuple[int, object]] = set()
+        seen: set[tuple[int, int, object]] = set()
         for at, x in enumerate(focus):
             if x not in state.uses or self._looks >= self.budget.looks:
                 continue
@@ -441,13 +448,12 @@ class Search:
                 # Wide sums are dear to price: a trial counts by what it makes.
                 first, new, law = steps[0]
                 self._trials += 1 + (len(operands(new.node)) // 4 if new is not None else 0)
-                margin = self._margin(steps)
                 mark = state.mark()
                 if self._redefine(steps):
-                    key = (first.id, first.node if law != "restate" else "restate")
+                    key = (first.id, len(steps), first.node if law != "restate" else "restate")
                     if key not in seen:
                         seen.add(key)
-                        tried.append((state.score() + margin, state.total, steps, (at, which)))
+                        tried.append((state.score(), state.total, steps, (at, which)))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
         if depth == self.budget.depth:
@@ -461,19 +467,27 @@ class Search:
             for reached, _, steps, where in tried[: self.budget.beam]:
                 if self._trials >= self.budget.trials or self._looks >= self.budget.looks:
                     break
-                if reached > start + self._reach:
+                if reached > start + self._reach or steps[0][2] == "restore" and len(steps) > 1:
                     continue
-                margin = self._margin(steps)
                 mark = state.mark()
                 self._redefine(steps)
                 path = self._path
                 self._path = path | {x for x, _, _ in steps}
-                deeper = self._explore(self._nearby(steps), depth - 1, start)
+                nearby, beside = self._next(steps, joint or [])
+                deeper = self._explore(nearby, depth - 1, start, beside)
                 self._path = path
                 state.undo(mark)
-                if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):
-                    best = (deeper[0] + margin, [*steps, *deeper[1]], [where, *deeper[2]])
+                if deeper is not None and (best is None or deeper[0] < best[0] - self._noise):
+                    best = (deeper[0], [*steps, *deeper[1]], [where, *deeper[2]])
         return best
+
+    def _next(self, steps: Sequence[Step], joint: list[Value]) -> tuple[list[Value], list[Value]]:
+        """The values to look at after steps, and what later steps look at too because these redefine several values.
+
+        What each of several values allows then takes a step of its own, far from the others.
+        """
+        nearby = self._nearby(steps)
+        return [*nearby, *(x for x in joint if x not in nearby)], nearby if len(steps) > 1 else joint
 
     def _nearby(self, steps: Sequence[Step]) -> list[Value]:
         """The values to look at after steps: those redefined, what was made for them, and who reads them."""

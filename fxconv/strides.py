@@ -64,9 +64,12 @@ def reading(state: PricedValues, v: Value, boundary: Sequence[Size]) -> Reading:
     """
     copies, contiguous = 0, False
     original = state.originals.get(v)
-    for u, count in state.users.get(v, {}).items():
+    readers = list(state.users.get(v, {}).items())
+    for u, count in readers:  # which grows
         if state.unchanged(u):
             continue
+        if isinstance(u.node, View):
+            readers += state.users.get(u, {}).items()
         copies += count * _copies(u)
     if original is None:
         return Reading(copies, False)

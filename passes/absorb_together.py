@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import compose, meet
+from fxconv.branches import readings
 from fxconv.constant_images import image
-from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, view
+from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, operands, view
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
 from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
@@ -35,7 +36,7 @@ def _readers(v: Value, context: Context) -> list[Value] | None:
     while stack:
         x = stack.pop()
         users = context.users(x)
-        if not users or context.uses(x) != len(users) or len(found) > MOST:
+        if not users or context.uses(x) != sum(max(1, operands(u.node).count(x)) for u in users) or len(found) > MOST:
             return None
         for u in users:
             if isinstance(u.node, View):
@@ -45,42 +46,50 @@ def _readers(v: Value, context: Context) -> list[Value] | None:
     return list(found)
 
 
-def through(m: Map, between: View | None, y: Value) -> Value | None:
-    """A map of y as a map of what y reads, or None."""
-    terms = y.node.terms if isinstance(y.node, Sum) else (y,)
+def through(m: Map, between: View | None, y: Value, composed: bool = True) -> Value | None:
+    """A map of y as a map of what y reads, or None; or, where its maps shall not be composed, as one of y's terms."""
     out: list[Value] = []
-    for t in terms:
-        if isinstance(t.node, Map):
-            composed = compose(m, t.node, between)
-            if isinstance(composed, str):
+    for t in _terms(y):
+        if isinstance(t.node, Map) and composed:
+            both = compose(m, t.node, between)
+            if isinstance(both, str):
                 return None
-            out.append(composed)
+            out.append(both)
         elif isinstance(t.node, Const):
             mapped = image(m, between, t)
             if isinstance(mapped, str):
                 return None
             out.append(mapped)
         else:
-            seen = t if between is None else as_value(view(t, between.splits, between.groups))
-            out.append(normal(seen, m.roles, m.kernel))
+            out.append(normal(_seen(between, t), m.roles, m.kernel))
     return make_sum(out)
 
 
-def _taken_in(u: Value, y: Value, known: Value) -> Value | None:
+def _seen(between: View | None, t: Value) -> Value:
+    return t if between is None else as_value(view(t, between.splits, between.groups))
+
+
+def _terms(y: Value) -> tuple[Value, ...]:
+    return y.node.terms if isinstance(y.node, Sum) else (y,)
+
+
+def _taken_in(u: Value, y: Value, known: Value, composed: bool) -> Value | None:
     """A reader of y that reads what y, known as another expression, reads instead; or None."""
     if isinstance(u.node, Map):
         found = mapped_operand(u)
-        return through(found[0], found[1], known) if found is not None and found[2] is y else None
+        return through(found[0], found[1], known, composed) if found is not None and found[2] is y else None
     if not isinstance(u.node, Sum):
         return None
     terms: list[Value] = []
     for t in u.node.terms:
         found = mapped_operand(t)
         if found is not None and found[2] is y:
-            new = through(found[0], found[1], known)
+            new = through(found[0], found[1], known, composed)
             if new is None:
                 return None
-            terms += new.node.terms if isinstance(new.node, Sum) else (new,)
+            terms += _terms(new)
+        elif t is y and (not composed or _meets(known, y, u.node)):
+            terms += _terms(known)
         elif t is y or isinstance(t.node, View) and t.node.x is y:
             return None
         else:
@@ -88,24 +97,32 @@ def _taken_in(u: Value, y: Value, known: Value) -> Value | None:
     return make_sum(terms)
 
 
-def _handed_on(u: Value, y: Value, known: Value) -> Value | None:
+def _meets(known: Value, y: Value, u: Sum) -> bool:
+    """Whether y, known as another expression, and the other terms of a sum are branches of one value, and could merge."""
+    bases = {base for t in _terms(known) if not isinstance(t.node, Const) for base, _ in readings(t)}
+    return u.terms.count(y) > 1 or any(base in bases for t in u.terms if t is not y for base, _ in readings(t))
+
+
+def _handed_on(u: Value, y: Value, known: Value, composed: bool) -> Value | None:
     """A pooling or resampling of y, known as a scale and a shift of x, as a scale and a shift of the pooled x; or None.
 
-    So is y plus a constant, a scale and a shift with another constant.
+    So is y plus a constant, a scale and a shift with another constant. Where only the constant moves, nothing changes places.
     """
-    if isinstance(u.node, Sum) and y in u.node.terms:
+    if isinstance(u.node, Sum) and u.node.terms.count(y) == 1:
         rest = [t for t in u.node.terms if t is not y]
         if any(not isinstance(t.node, Const) for t in rest):
             return None
-        return make_sum([*(known.node.terms if isinstance(known.node, Sum) else (known,)), *rest])
+        return make_sum([*_terms(known), *rest])
     found = mapped_operand(u)
     if found is None or found[2] is not y:
         return None
     m, between, _ = found
     if m.contracted or m.kernel.uniform is None or not any(isinstance(r, (Window, Resample)) for r in m.roles):
         return None
+    if not composed:
+        return through(m, between, known, composed)
     out: list[Value] = []
-    for t in known.node.terms if isinstance(known.node, Sum) else (known,):
+    for t in _terms(known):
         if isinstance(t.node, Map) and not t.node.contracted and all(isinstance(r, (Kept, Shared)) for r in t.node.roles):
             met = meet(m, t.node, between)
             swapped = exchange(met) if not isinstance(met, str) else None
@@ -122,20 +139,30 @@ def _handed_on(u: Value, y: Value, known: Value) -> Value | None:
     return make_sum(out)
 
 
-def _all_taken_in(y: Value, known: Value, context: Context, depth: int = 2) -> list[tuple[Value, Value]] | None:
-    """What the readers of y become, where all of them can do without it; or None."""
+def all_taken_in(
+    y: Value, known: Value, context: Context, composed: bool = True, depth: int = 2
+) -> list[tuple[Value, Value]] | None:
+    """What the readers of y become, where all of them can do without it; or None.
+
+    Args:
+        y: the value.
+        known: the expression that it is known as.
+        context: who reads what.
+        composed: whether readers compose what they do with the maps in ``known``, or only take over its terms.
+        depth: through how many poolings or resamplings in a row it is handed on.
+    """
     readers = _readers(y, context)
     if readers is None:
         return None
     pairs: list[tuple[Value, Value]] = []
     for u in readers:
-        handed = _handed_on(u, y, known) if depth else None
-        further = _all_taken_in(u, handed, context, depth - 1) if handed is not None else None
+        handed = _handed_on(u, y, known, composed) if depth else None
+        further = all_taken_in(u, handed, context, composed, depth - 1) if handed is not None else None
         if further is not None:
             pairs += further
             continue
         # A pooling that keeps the scale behind it stays a pooling.
-        new = _taken_in(u, y, known) if handed is None or isinstance(u.node, Sum) else handed
+        new = _taken_in(u, y, known, composed) if handed is None or isinstance(u.node, Sum) else handed
         if new is None:
             return None
         pairs.append((u, new))
@@ -150,7 +177,7 @@ def _absorb(v: Value, context: Context) -> Iterator[Outcome]:
         return
     if context.uses(v) < 2:
         return
-    pairs = _all_taken_in(v, v, context)
+    pairs = all_taken_in(v, v, context)
     if pairs is not None and len(pairs) > 1:
         yield Joint(tuple(pairs))
 

@@ -3,13 +3,14 @@
 ``A(B(x)) ⇒ B(A(x))`` when every axis that A contracts, scales, slides or resamples along is one that B keeps, and the
 other way round: a 1×1 convolution below an upsampling or behind a pooling, a scale in front of a selection.
 
-Exact always. A scale that varies along the very axis that B selects from also changes places, as the scale of the
-selected places.
+Exact always. A scale that varies along the very axis that a selection selects from also changes places with it, as the
+scale of the selected places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fxconv import kernel as kernels
 from fxconv.algebra import Meeting, meet, regroup
@@ -44,10 +45,17 @@ def exchange(m: Meeting) -> Value | None:
     acts = {k for k in outer.contracted}
     acts |= {r.src for r in outer.roles if not isinstance(r, (New, Kept))}
     kernel = outer.kernel
-    moved_scale: dict[int, int] = {}
+    moves: set[int] = set()
     for k in acts:
         r1 = inner.roles[perm[k]]
         if isinstance(r1, Kept):
+            continue
+        if isinstance(r1, Shared):
+            selected = _selected_scale(outer, k, inner, perm[k])
+            if selected is None:
+                return None
+            inner = selected
+            moves.add(k)
             continue
         z = next((z for z, r in enumerate(outer.roles) if isinstance(r, Shared) and r.src == k), None)
         if z is None or not isinstance(r1, Window) or not r1.filter.is_selection:
@@ -61,7 +69,7 @@ def exchange(m: Meeting) -> Value | None:
         # Places that the selection leaves out get scale 0; nobody reads them.
         axis = outer.axes().index(("out", z))
         kernel = _gathered(kernel, axis, pairs.y, pairs.i, int(n_in))
-        moved_scale[k] = r1.src
+        moves.add(k)
     if not acts and outer.kernel.uniform is None:
         return None  # a number acts on no axis, and still changes places
     # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over.
@@ -79,7 +87,7 @@ def exchange(m: Meeting) -> Value | None:
         if isinstance(r1, New):
             continue
         place["out", z] = len(first_roles)
-        first_roles.append(moved(r, r1.src) if isinstance(r1, Kept) or r.src in moved_scale else Kept(r1.src))
+        first_roles.append(moved(r, r1.src) if isinstance(r1, Kept) or r.src in moves else Kept(r1.src))
         if ("out", z) in outer_axes:
             kernel_axes.append(outer_axes["out", z])
     for i in inner.contracted:
@@ -93,7 +101,20 @@ def exchange(m: Meeting) -> Value | None:
     kernel_axes += [axis for _, axis in sorted(columns)]
     base = as_value(split_view(m.x, m.in_splits))
     first = normal(base, first_roles, kernels.permute(kernel, kernel_axes))
-    return inner_on(m, outer, first, place)
+    return inner_on(replace(m, inner=inner), outer, first, place)
+
+
+def _selected_scale(outer: Raw, k: int, inner: Raw, axis: int) -> Raw | None:
+    """The inner map with its scale along ``axis`` at the places that the outer one selects, or None where it does not select."""
+    r = next((r for r in outer.roles if isinstance(r, Window) and r.src == k), None)
+    if r is None or not r.filter.is_selection or not (is_static(outer.in_sizes[k]) and is_static(r.size)):
+        return None
+    pairs = affine_pairs(1, r.filter.down, -r.filter.offset, int(r.size), int(outer.in_sizes[k]))
+    if pairs is None:
+        return None
+    # What is padded is 0 before the scale too.
+    kernel = _gathered(inner.kernel, inner.axes().index(("out", axis)), pairs.i, pairs.y, int(r.size))
+    return Raw(inner.in_sizes, inner.roles, kernel)
 
 
 Place = Mapping[tuple[str, int], int]

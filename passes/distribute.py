@@ -125,6 +125,12 @@ def _column_blocks(m: Map, between: View | None, branches: list[Value]) -> int:
     return sum(n for n in read.values() if n > 1)
 
 
+def _repeated(branches: list[Value]) -> int:
+    """How many branches are a value that stands elsewhere in the same concatenation too: a map of it is computed once."""
+    read = Counter(t.node.x for t in branches if is_selection(t.node) and isinstance(t.node, Map))
+    return sum(n for n in read.values() if n > 1)
+
+
 def _contracts(m: Map, between: View | None, selection: Map) -> bool:
     """Whether a map, after a view, contracts every axis along which its operand is a selection."""
     summed = set(m.contracted)
@@ -159,7 +165,7 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
         # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
         # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)
         yield make_sum([_plain(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
-    able = sum(_absorbs(t, context) for t in branches) or _column_blocks(m, between, branches)
+    able = sum(_absorbs(t, context) for t in branches) or _column_blocks(m, between, branches) or _repeated(branches)
     if not able or (not m.contracted and (2 * able < len(branches) or context.uses(x) > 1)):
         # Nothing to gain: M would be computed once per branch, and still read the same tensors; or next to a sum that is
         # computed anyway.

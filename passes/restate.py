@@ -3,7 +3,8 @@
 ``Linear ⇔ convolution``, a full-kernel convolution as a Linear, a product with a constant as a bias: layout is no
 operation, so the operator that an expression becomes is a choice of emission. This law proposes the expression itself; the
 search takes it where writing it anew is cheaper than the original node, or the only form that the target allows. A constant
-that the model computes from parameters at every call is stored then; an elementwise function takes its operand's layout.
+that the model computes from parameters at every call is stored then; an elementwise function takes its operand's layout. An
+addition multiplies what it adds by a number itself, so the product need not be written: ``x + 2 y`` is one operator.
 
 Always exact: nothing changes but the operator.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxconv.expr import Apply, Kept, Map, Shared, Sum, Value
-from fxconv.law import Context, Law, Outcome
+from fxconv.expr import Apply, Const, Kept, Map, Shared, Sum, Value, is_multiple
+from fxconv.law import Context, Joint, Law, Outcome
 
 
 def _computes(v: Value) -> bool:
@@ -29,6 +30,10 @@ def _restate(v: Value, context: Context) -> Iterator[Outcome]:
     node = v.node
     if isinstance(node, (Map, Sum)) and (_computes(v) or context.folds(v)) or isinstance(node, Apply) and node.op.any_layout:
         yield v
+    elif isinstance(node, Sum) and sum(not isinstance(t.node, Const) for t in node.terms) > 1:
+        multiplied = [t for t in node.terms if is_multiple(t.node) and context.uses(t) <= 1]
+        if multiplied:
+            yield Joint(tuple((x, x) for x in (v, *multiplied)))
 
 
 law = Law("restate", _restate)
