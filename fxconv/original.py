@@ -26,6 +26,10 @@ ORDERED = frozenset(("conv", "linear", "matmul", "addmm", "avg_pool", "adaptive_
 """Operators that want their first operand contiguous, and copy it where it is not."""
 
 
+VIEWS = frozenset(("slice", "select", "index"))
+"""Operators whose result is a view of what they read, so that its own readers are charged with copies."""
+
+
 def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
     """The steps that an operator stands for, as it is spelled."""
     if op.name in FREE:
@@ -106,7 +110,7 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
     """The copies that layout operators make between an operator and what it reads, and how many readers share each.
 
     A permute is a view, and so is a reshape of dims that are neighbours in memory; a reshape after a permute copies, and
-    so does a convolution or a matrix product of a permuted tensor.
+    so does a convolution or a matrix product of a permuted tensor. A permute that nothing copies for is a "turn".
 
     Args:
         lifter: the lifted graph.
@@ -115,15 +119,23 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
     """
     for k, operand in enumerate(op.inputs):
         n = operand
+        copied, turns = False, list[tuple[Step, int]]()
         if isinstance(n, fx.Node) and k == 0 and op.name in ORDERED and _permuted(n, number):
             yield Step("permute", shape_of(n.meta["val"]), shape_of(n.meta["val"])), 1
+            copied = True
         while isinstance(n, fx.Node) and (layout := lifter.lifted.ops.get(n)) is not None and layout.name in FREE:
             source = layout.inputs[0]
             if not isinstance(source, fx.Node):
                 break
+            sharing = max(len(n.users), 1)
             if _copies(n, layout, source, number):
-                yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), max(len(n.users), 1)
+                yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), sharing
+                copied = True
+            elif layout.name == "permute" and _moves(layout, source):
+                turns.append((Step("turn", shape_of(source.meta["val"]), shape_of(n.meta["val"])), sharing))
             n = source
+        if not copied and op.name not in VIEWS:
+            yield from turns
 
 
 def _permuted(n: fx.Node, number: Callable[[Size], float]) -> bool:
@@ -134,6 +146,13 @@ def _permuted(n: fx.Node, number: Callable[[Size], float]) -> bool:
     strides = [number(as_size(s)) for size, s in zip(val.shape, val.stride(), strict=True) if as_size(size) != 1]
     last = [*strides[:1], *strides[2:], *strides[1:2]] if val.dim() > 3 else strides
     return sorted(strides, reverse=True) not in (strides, last)
+
+
+def _moves(permute: Op, source: fx.Node) -> bool:
+    """Whether a permute changes the order of dims that have more than one entry."""
+    sizes = shape_of(source.meta["val"])
+    order = [d for d in permute.attrs["dims"] if sizes[d] != 1]
+    return order != sorted(order)
 
 
 def _copies(node: fx.Node, op: Op, source: fx.Node, number: Callable[[Size], float]) -> bool:

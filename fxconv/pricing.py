@@ -6,7 +6,7 @@ depends on them; nothing else is priced anew. What is alike is priced once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from fxconv.cost import CostModel, Price, score
@@ -120,7 +120,26 @@ class PricedValues(Values):
             plain = self.best_plan(v)
             plans = [p for p in plans if plain is not None and p.layout == plain.layout] or plans
         wanted = self._wanted(v)
-        return min(plans, key=lambda p: score(self._steps_price(p.steps) + self._onward(v, p, wanted), self.objective))
+        price = lambda p: self._steps_price(p.steps) + self._onward(v, p, wanted) + self._turns(v, p.steps, p.layout)  # noqa: E731
+        return min(plans, key=lambda p: score(price(p), self.objective))
+
+    def _turned(self, v: Value, layout: Layout) -> bool:
+        """Whether a value in a layout is read by a permuted view: another node's in the order of its strides."""
+        original = self.originals.get(v)
+        return original is not None and _order(layout, v) == _order(original.memory, v) != _order(original.layout, v)
+
+    def _turns(self, v: Value, steps: Sequence[Step], layout: Layout) -> Price:
+        """What permuted views cost: those that the steps of a value begin and end with, and those through which it reads
+        and hands on values of the original graph in the order of their strides, where the two don't cancel."""
+        (x, *_), price = operands(v.node), Price()
+        moved = next((s for s in steps[:2] if s.kind == "permute"), None)
+        copied = moved is not None and not moved.attrs.get("free")
+        if not copied and (moved is not None) != (self.unchanged(x) and self._turned(x, self.layout(x))):
+            price = price + self.model.price(Step("turn", x.sizes, x.sizes))
+        back = bool(steps) and bool(steps[-1].attrs.get("free"))
+        if back != (self.anchored(v) and self._turned(v, layout)):
+            price = price + self.model.price(Step("turn", v.sizes, v.sizes))
+        return price
 
     def _onward(self, v: Value, plan: Plan, wanted: Layout | None) -> Price:
         """What a plan will cost the users of its result: in the layout that they want, or in the operand's order."""
@@ -266,10 +285,16 @@ class PricedValues(Values):
             return Price()
         if isinstance(node, Sum):
             price, self.layouts[v] = self._sum_price(node)
+            for t in node.terms:
+                if self.unchanged(t) and self.layout(t) == self.layouts[v] and self._turned(t, self.layouts[v]):
+                    price = price + self.model.price(Step("turn", t.sizes, t.sizes))
+            if self.anchored(v) and self._turned(v, self.layouts[v]):
+                price = price + self.model.price(Step("turn", v.sizes, v.sizes))
             return price
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
-            return self._steps_price(node.op.steps(node, self.layout(node.x)))
+            steps = node.op.steps(node, self.layout(node.x))
+            return self._steps_price(steps) + self._turns(v, steps, self.layouts[v])
         if isinstance(node, Map) and (is_selection(node) and self._inlined(v) or is_multiple(node) and self._added(v)):
             # The concatenation or the addition reads the operand itself.
             self.layouts[v] = self.layout(node.x)
@@ -296,17 +321,25 @@ class PricedValues(Values):
         assert isinstance(node, (Map, View))
         layout = self.layout(node.x)
         if isinstance(node, View):
-            key: object = (node.x.sizes, node.splits, node.groups, layout)
+            key: object = (node.x.sizes, node.splits, node.groups, layout, self._ends(v))
         else:
-            key = (node.x.sizes, node.roles, layout, node.kernel.uniform, gathered(node.kernel), self._wanted(v))
+            key = (node.x.sizes, node.roles, layout, node.kernel.uniform, gathered(node.kernel), self._wanted(v), self._ends(v))
         if key not in self._map_prices:
             plan = self.best_plan(v)
             found = None
             if plan is not None:
                 at = sliced_at(plan)
-                found = _MapPrice(self._steps_price(plan.steps), plan.layout, None if at is None else (plan.steps[-1], at))
+                price = self._steps_price(plan.steps) + self._turns(v, plan.steps, plan.layout)
+                found = _MapPrice(price, plan.layout, None if at is None else (plan.steps[-1], at))
             self._map_prices[key] = found
         return self._map_prices[key]
+
+    def _ends(self, v: Value) -> object:
+        """What the turns of a plan depend on."""
+        x = operands(v.node)[0]
+        original = self.originals.get(v) if self.anchored(v) else None
+        read = self.originals[x].layout if self.unchanged(x) else None
+        return read, None if original is None else (original.layout, original.memory)
 
     def _sum_price(self, node: Sum) -> tuple[Price, Layout]:
         """The price of a sum and its layout, worked out once for all that are alike."""
@@ -368,6 +401,11 @@ class PricedValues(Values):
         if not self.alone(v) or self.uses.get(v) != len(users) or self.anchored(v):
             return False
         return all(isinstance(u.node, Sum) and not self.unchanged(u) and v in multiples(u.node, self.alone) for u in users)
+
+
+def _order(layout: Layout, v: Value) -> list[int]:
+    """Slots in memory order, those of size 1 left out."""
+    return [s for g in layout for s in g if v.sizes[s] != 1]
 
 
 def _flexible(v: Value) -> bool:
