@@ -49,7 +49,8 @@ KINDS = (
 "row" is a Linear of one row, which only reads its weight. "conv_small" is what torch computes itself, as im2col and a
 matrix product, because oneDNN's overhead of 60 µs a call would be most of it. "conv_1x1" is an ungrouped 1×1
 convolution, a matrix product likewise, and one of a single pixel is a "row". "permute" is a copy into another order of
-dims; "turn" is a permutation that torch takes as a view, and whose reader takes the strides: a runtime whose tensors have
+dims; "batch_norm" is also a product with a constant for each channel of images, or a sum with one, which eager torch does
+faster, but which is what keeps ONNX Runtime from leaving images in blocks of channels; "turn" is a permutation that torch takes as a view, and whose reader takes the strides: a runtime whose tensors have
 no strides copies there too. The multiply-adds of "avg_pool" are its taps, one by one."""
 
 SMALL_CONV = 20480
@@ -266,6 +267,8 @@ class CostModel:
         elif kind == "cat":
             read = written
         constants = sum(self.count(w.shape) for w in step.weights) * self.itemsize
+        if kind == "batch_norm" and len(step.weights) == 1:
+            constants *= 2
         if step.kind in ("add_const", "scale") and 2 * constants > written:
             # Not broadcast along the tensor but read side by side with it.
             read, constants = read + constants, 0.0
@@ -279,6 +282,8 @@ class CostModel:
             return self._conv_kind(step)
         if step.kind == "linear":
             return "row" if self.count(step.in_shape[:-1]) <= 1 else "linear"
+        if step.kind in ("scale", "add_const") and len(step.weights) == 1 and _along_channels(step):
+            return "batch_norm"
         if step.kind == "scale":
             return "addcmul" if step.attrs.get("bias") else "mul"
         if step.kind == "interpolate":
@@ -314,6 +319,12 @@ class CostModel:
         if inner > 4 or groups > 1:
             macs *= _filled(inner, block)
         return macs * _filled(outer, block) + (NARROW * self.count(step.shape) if kind in ("conv", "conv_1d") else 0)
+
+
+def _along_channels(step: Step) -> bool:
+    """Whether a constant varies along the channels of images alone."""
+    shape = step.weights[0].shape
+    return len(step.shape) == 4 and len(shape) == 3 and shape[0] != 1 and shape[1:] == (1, 1)
 
 
 def _filled(channels: float, block: int) -> float:
