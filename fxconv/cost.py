@@ -49,9 +49,10 @@ KINDS = (
 "row" is a Linear of one row, which only reads its weight. "conv_small" is what torch computes itself, as im2col and a
 matrix product, because oneDNN's overhead of 60 µs a call would be most of it. "conv_1x1" is an ungrouped 1×1
 convolution, a matrix product likewise, and one of a single pixel is a "row". "permute" is a copy into another order of
-dims; "batch_norm" is also a product with a constant for each channel of images, or a sum with one, which eager torch does
-faster, but which is what keeps ONNX Runtime from leaving images in blocks of channels; "turn" is a permutation that torch takes as a view, and whose reader takes the strides: a runtime whose tensors have
-no strides copies there too. The multiply-adds of "avg_pool" are its taps, one by one."""
+dims; "turn" is a permutation that torch takes as a view, whose reader takes the strides: a runtime whose tensors have
+none copies there too. "batch_norm" is also a product or a sum with a constant for each channel of images: eager torch
+does those faster, but for one of them ONNX Runtime gives up its blocks of channels. The multiply-adds of "avg_pool" are
+its taps, one by one."""
 
 SMALL_CONV = 20480
 """A single image of at most this many entries is convolved by torch itself (`use_mkldnn` in ATen's Convolution.cpp)."""
