@@ -119,7 +119,7 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
     """
     for k, operand in enumerate(op.inputs):
         n = operand
-        copied, turns = False, list[tuple[Step, int]]()
+        copied, turns, sharing = False, list[tuple[Step, int]](), 1
         if isinstance(n, fx.Node) and k == 0 and op.name in ORDERED and _permuted(n, number):
             yield Step("permute", shape_of(n.meta["val"]), shape_of(n.meta["val"])), 1
             copied = True
@@ -127,7 +127,7 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
             source = layout.inputs[0]
             if not isinstance(source, fx.Node):
                 break
-            sharing = max(len(n.users), 1)
+            sharing *= max(len(n.users), 1)  # a copy serves all that read what is made of it
             if _copies(n, layout, source, number):
                 yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), sharing
                 copied = True
