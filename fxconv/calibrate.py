@@ -101,6 +101,7 @@ def elementwise(c: int, size: int) -> Iterator[Sample]:
     yield Sample(Step("expand", shape, shape), lambda: t.expand(c, size, size))
     yield Sample(Step("pad", shape, (1, c, size + 2, size + 2)), lambda: F.pad(x, (1, 1, 1, 1)))
     yield Sample(Step("permute", shape, flat), lambda: x.permute(0, 2, 3, 1).contiguous())
+    yield Sample(Step("turn", shape, flat), lambda: x.permute(0, 2, 3, 1))
     z = x.permute(0, 2, 3, 1).contiguous()
     yield Sample(Step("permute", flat, shape), lambda: z.permute(0, 3, 1, 2).contiguous())
     yield Sample(Step("mean", shape, (1, c)), lambda: x.mean((2, 3)))
