@@ -127,7 +127,7 @@ def layout_copies(lifter: Lifter, op: Op, number: Callable[[Size], float]) -> It
             source = layout.inputs[0]
             if not isinstance(source, fx.Node):
                 break
-            sharing *= max(len(n.users), 1)  # a copy serves all that read what is made of it
+            sharing *= max(sum(not _is_size(u) for u in n.users), 1)  # a copy serves all that read what is made of it
             if _copies(n, layout, source, number):
                 yield Step("permute", shape_of(source.meta["val"]), shape_of(n.meta["val"])), sharing
                 copied = True
@@ -146,6 +146,11 @@ def _permuted(n: fx.Node, number: Callable[[Size], float]) -> bool:
     strides = [number(as_size(s)) for size, s in zip(val.shape, val.stride(), strict=True) if as_size(size) != 1]
     last = [*strides[:1], *strides[2:], *strides[1:2]] if val.dim() > 3 else strides
     return sorted(strides, reverse=True) not in (strides, last)
+
+
+def _is_size(n: fx.Node) -> bool:
+    """Whether a node asks for a size, rather than reading entries."""
+    return isinstance(n.meta.get("val"), (int, torch.SymInt))
 
 
 def _moves(permute: Op, source: fx.Node) -> bool:
