@@ -120,7 +120,10 @@ class PricedValues(Values):
             plain = self.best_plan(v)
             plans = [p for p in plans if plain is not None and p.layout == plain.layout] or plans
         wanted = self._wanted(v)
-        price = lambda p: self._steps_price(p.steps) + self._onward(v, p, wanted) + self._turns(v, p.steps, p.layout)  # noqa: E731
+
+        def price(p: Plan) -> Price:
+            return self._steps_price(p.steps) + self._onward(v, p, wanted) + self._turns(v, p.steps, p.layout)
+
         return min(plans, key=lambda p: score(price(p), self.objective))
 
     def _turned(self, v: Value, layout: Layout) -> bool:

@@ -70,3 +70,25 @@ def test_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sweep.sweep(["a", "b", "c"], path, **limits)
     assert asked == ["a", "b", "c"] and set(rows) == set(json.loads(path.read_text())) == {"a", "b", "c"}
     assert set(sweep.sweep(["d"], path, **{**limits, "minutes": 0.0})) == {"a", "b", "c"}
+
+
+def test_a_model_without_enough_memory_has_another_turn(tmp_path: Path) -> None:
+    """By itself, with most of the machine's: beside others there may not have been enough."""
+    turns: list[tuple[str, float]] = []
+
+    def measured(name: str, seconds: float, gigabytes: float) -> dict[str, Any]:
+        turns.append((name, gigabytes))
+        enough = name == "small" or gigabytes > 0.5
+        return {"model": name, "status": "transformed" if enough else "crash", "reason": "" if enough else "can't allocate memory"}
+
+    def run() -> dict[str, dict[str, Any]]:
+        chosen = ["large", "small"]
+        path = tmp_path / "rows.json"
+        return sweep.sweep(
+            chosen, path, seconds=1, gigabytes=0.5, jobs=1, minutes=1, measured=measured, say=lambda row: row["status"]
+        )
+
+    assert {n: r["status"] for n, r in run().items()} == {"large": "transformed", "small": "transformed"}
+    assert [n for n, _ in turns] == ["large", "small", "large"]
+    run()
+    assert len(turns) == 3
