@@ -69,6 +69,8 @@ class Law:
             taken back.
         late: whether the law is only tried where the others have nothing left to do: its result hides structure that
             they could use.
+        margin: what share of the time of what it replaces a move must save, where the cost model does not see all that
+            it brings about.
         numbers: of a value whose weights' numbers decide what the law proposes there, what it sees in them. The search
             at one of many blocks that are alike stands for all of them where these are equal too.
     """
@@ -76,6 +78,7 @@ class Law:
     name: str
     apply: Callable[[Value, Context], Iterable[Outcome]]
     late: bool = False
+    margin: float = 0.0
     numbers: Callable[[Value], Hashable] | None = None
 
     def __call__(self, v: Value, context: Context) -> Iterator[Outcome]:

@@ -206,7 +206,7 @@ def _law_identity(law: Any) -> list[str]:
     apply = law.apply
     code = getattr(apply, "__code__", None)
     place = f"{getattr(apply, '__module__', '')}.{getattr(apply, '__qualname__', type(apply).__qualname__)}"
-    return [law.name, place, code.co_code.hex() if code else "", str(law.late)]
+    return [law.name, place, code.co_code.hex() if code else "", str(law.late), str(law.margin)]
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -417,6 +417,14 @@ class Search:
         """Whether x is computed as a part of an original node's value only."""
         return x not in self.state.uses and x not in self.state.originals
 
+    def _margin(self, steps: Sequence[Step]) -> float:
+        """What a move must save before it counts."""
+        state = self.state
+        margin = next((law.margin for law in self.laws if law.name == steps[0][2]), 0.0)
+        if not margin or state.objective != "latency":
+            return 0.0
+        return margin * sum(score(state.prices.get(x, Price()), "latency") for x, _, _ in steps)
+
     def _redefine(self, steps: Sequence[Step]) -> bool:
         """Take steps for a trial; False where they change nothing, or can't be priced: the caller takes them back."""
         changed = False
@@ -448,12 +456,13 @@ class Search:
                 # Wide sums are dear to price: a trial counts by what it makes.
                 first, new, law = steps[0]
                 self._trials += 1 + (len(operands(new.node)) // 4 if new is not None else 0)
+                margin = self._margin(steps)
                 mark = state.mark()
                 if self._redefine(steps):
                     key = (first.id, len(steps), first.node if law != "restate" else "restate")
                     if key not in seen:
                         seen.add(key)
-                        tried.append((state.score(), state.total, steps, (at, which)))
+                        tried.append((state.score() + margin, state.total, steps, (at, which)))
                 state.undo(mark)
         tried.sort(key=lambda t: t[0])
         if depth == self.budget.depth:
@@ -469,6 +478,7 @@ class Search:
                     break
                 if reached > start + self._reach or steps[0][2] == "restore" and len(steps) > 1:
                     continue
+                margin = self._margin(steps)
                 mark = state.mark()
                 self._redefine(steps)
                 path = self._path
@@ -477,8 +487,8 @@ class Search:
                 deeper = self._explore(nearby, depth - 1, start, beside)
                 self._path = path
                 state.undo(mark)
-                if deeper is not None and (best is None or deeper[0] < best[0] - self._noise):
-                    best = (deeper[0], [*steps, *deeper[1]], [where, *deeper[2]])
+                if deeper is not None and (best is None or deeper[0] + margin < best[0] - self._noise):
+                    best = (deeper[0] + margin, [*steps, *deeper[1]], [where, *deeper[2]])
         return best
 
     def _next(self, steps: Sequence[Step], joint: list[Value]) -> tuple[list[Value], list[Value]]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 COPYING = frozenset(
     "conv linear matmul addmm einsum avg_pool adaptive_avg_pool max_pool interpolate im2col mm bmm baddbmm "
-    "scaled_dot_product_attention multi_head_attention_forward".split()
+    "scaled_dot_product_attention multi_head_attention_forward "
+    "softmax _softmax log_softmax _log_softmax layer_norm native_layer_norm group_norm native_group_norm instance_norm".split()
 )
 """Operators that copy an operand which is not contiguous before they compute (ATen calls ``contiguous()`` on it), or read
 it so much slower that it comes to the same."""

@@ -191,4 +191,4 @@ def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
             yield stack([s for s in siblings if s is not left_out])
 
 
-law = Law("merge siblings", _merge_siblings, late=True)
+law = Law("merge siblings", _merge_siblings, late=True, margin=0.1)

@@ -101,7 +101,7 @@ def test_B6_fewer_multiply_adds_but_many_more_weights() -> None:
 
 def test_B7_siblings_stay_where_the_split_costs_a_copy_each() -> None:
     """Two 64-channel convolutions of a 28 x 28 map, each flattened: merging saves a launch and one read of 800 kB, and
-    costs two copies of 800 kB, since a slice of the channels cannot be viewed flat.
+    costs two copies of 800 kB, which softmax makes of what is not contiguous.
     """
     layers = {n: nn.Conv2d(64, 64, 3, padding=1) for n in "ab"}
 

@@ -198,6 +198,6 @@ def test_equal_options_have_equal_fingerprints() -> None:
     def law(name: str = "mine", **keywords: Any) -> fxconv.Law:
         return fxconv.Law(name, lambda v, context: (), **keywords)
 
-    different = [law(), law("yours"), law(late=True), fxconv.Law("mine", lambda v, context: iter([v]))]
+    different = [law(), law("yours"), law(late=True), law(margin=0.5), fxconv.Law("mine", lambda v, context: iter([v]))]
     prints = [Options().fingerprint(), *(Options(laws=[one]).fingerprint() for one in different)]
     assert Options(laws=[law()]).fingerprint() == prints[1] and len(set(prints)) == len(prints)

@@ -1,8 +1,8 @@
 """On small regions the search finds what an exhaustive search finds: every law's every proposal at every value, in any order.
 
 The exhaustive search goes breadth-first over states, each told apart by what its outputs are computed from, up to a bounded
-number of them; none of those may cost less than what the search found, by what counts, and with no more launches than the
-search would pay for that.
+number of them; none of those may cost less than what the search found, by what counts, with the margin that a law asks for,
+and with no more launches than the search would pay for that.
 """
 
 from __future__ import annotations
@@ -145,23 +145,24 @@ def cheapest(search: Search) -> tuple[dict[float, float], int]:
     most = state.total.macs
     best = {state.total.launches: asked_for(state)}
     seen = {fingerprint(state)}
-    queue: list[list[Step]] = [[]]
+    queue: list[tuple[list[Step], float]] = [([], 0.0)]
     while queue and len(seen) < STATES:
-        path = queue.pop(0)
+        path, owed = queue.pop(0)
         start = state.mark()
         search._redefine(path)
         alive = sorted(state.uses, key=lambda v: v.id)
         moves = [steps for v in alive if v in state.uses for steps in search._proposals(v, late=True)]
         for steps in moves:
+            margin = owed + search._margin(steps)
             mark = state.mark()
             if search._redefine(steps):
                 key = fingerprint(state)
                 if key not in seen:
                     seen.add(key)
-                    queue.append([*path, *steps])
+                    queue.append(([*path, *steps], margin))
                     if state.total.macs <= most:
                         launches = state.total.launches
-                        best[launches] = min(best.get(launches, math.inf), asked_for(state))
+                        best[launches] = min(best.get(launches, math.inf), asked_for(state) + margin)
             state.undo(mark)
         state.undo(start)
     return best, len(seen)
