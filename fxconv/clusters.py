@@ -116,7 +116,7 @@ class Cutter:
     def _reaches(self, node: fx.Node, reads: set[str]) -> bool:
         """Whether a value is computed from another one in ``reads`` by affine operators alone."""
         stack = list(node.all_input_nodes)
-        if self._stops_before(node):
+        if self._stops_before(node) or node in self.lifted.ops and self._is_function(node):
             return False
         seen: set[fx.Node] = set()
         while stack:
