@@ -7,10 +7,19 @@ import itertools
 from fxconv import kernel as kernels
 from fxconv.algebra import compose_raw
 from fxconv.axes import Size, is_static, product
-from fxconv.expr import Const, Kept, Map, New, Resample, Role, Value, View, Window
+from fxconv.expr import Const, Kept, Map, New, Resample, Role, Value, View, Window, view
 from fxconv.kernel import Kernel
-from fxconv.raw import Raw, densify_resampling, moved, raw
+from fxconv.raw import Raw, as_value, densify_resampling, moved, raw
 from fxconv.window import Filter, stays_inside
+
+
+def viewed(between: View | None, x: Value) -> Value:
+    """A value through a view, or as it is where there is none; of a constant the constant."""
+    if between is None:
+        return x
+    if isinstance(x.node, Const):
+        return Value(view_constant(View(x, between.splits, between.groups), x.node))
+    return as_value(view(x, between.splits, between.groups))
 
 
 def image(m: Map, between: View | None, t: Value) -> Value | str:

@@ -120,11 +120,15 @@ class PricedValues(Values):
             plain = self.best_plan(v)
             plans = [p for p in plans if plain is not None and p.layout == plain.layout] or plans
         wanted = self._wanted(v)
+        return min(plans, key=lambda p: score(self._plan_price(v, p) + self._onward(v, p, wanted), self.objective))
 
-        def price(p: Plan) -> Price:
-            return self._steps_price(p.steps) + self._onward(v, p, wanted) + self._turns(v, p.steps, p.layout)
+    def _plan_price(self, v: Value, plan: Plan) -> Price:
+        """What a plan of v's costs, with the permuted views at its ends."""
+        return self._steps_price(plan.steps) + self._turns(v, plan.steps, plan.layout)
 
-        return min(plans, key=lambda p: score(price(p), self.objective))
+    def _turn(self, v: Value) -> Price:
+        """What it costs that a value is read by a permuted view."""
+        return self.model.price(Step("turn", v.sizes, v.sizes))
 
     def _turned(self, v: Value, layout: Layout) -> bool:
         """Whether a value in a layout is read by a permuted view: another node's in the order of its strides."""
@@ -138,10 +142,10 @@ class PricedValues(Values):
         moved = next((s for s in steps[:2] if s.kind == "permute"), None)
         copied = moved is not None and not moved.attrs.get("free")
         if not copied and (moved is not None) != (self.unchanged(x) and self._turned(x, self.layout(x))):
-            price = price + self.model.price(Step("turn", x.sizes, x.sizes))
+            price = price + self._turn(x)
         back = bool(steps) and bool(steps[-1].attrs.get("free"))
         if back != (self.anchored(v) and self._turned(v, layout)):
-            price = price + self.model.price(Step("turn", v.sizes, v.sizes))
+            price = price + self._turn(v)
         return price
 
     def _onward(self, v: Value, plan: Plan, wanted: Layout | None) -> Price:
@@ -290,9 +294,9 @@ class PricedValues(Values):
             price, self.layouts[v] = self._sum_price(node)
             for t in node.terms:
                 if self.unchanged(t) and self.layout(t) == self.layouts[v] and self._turned(t, self.layouts[v]):
-                    price = price + self.model.price(Step("turn", t.sizes, t.sizes))
+                    price = price + self._turn(t)
             if self.anchored(v) and self._turned(v, self.layouts[v]):
-                price = price + self.model.price(Step("turn", v.sizes, v.sizes))
+                price = price + self._turn(v)
             return price
         if isinstance(node, Apply):
             self.layouts[v] = node.op.layout(node, self.layout(node.x))
@@ -332,8 +336,7 @@ class PricedValues(Values):
             found = None
             if plan is not None:
                 at = sliced_at(plan)
-                price = self._steps_price(plan.steps) + self._turns(v, plan.steps, plan.layout)
-                found = _MapPrice(price, plan.layout, None if at is None else (plan.steps[-1], at))
+                found = _MapPrice(self._plan_price(v, plan), plan.layout, None if at is None else (plan.steps[-1], at))
             self._map_prices[key] = found
         return self._map_prices[key]
 

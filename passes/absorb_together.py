@@ -17,12 +17,11 @@ from collections.abc import Iterator
 
 from fxconv.algebra import compose, meet
 from fxconv.branches import readings
-from fxconv.constant_images import image
-from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, operands, view
+from fxconv.constant_images import image, viewed
+from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, operands
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
 from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
-from fxconv.raw import as_value
 from fxconv.refs import make_sum
 
 MOST = 16
@@ -61,12 +60,8 @@ def through(m: Map, between: View | None, y: Value, composed: bool = True) -> Va
                 return None
             out.append(mapped)
         else:
-            out.append(normal(_seen(between, t), m.roles, m.kernel))
+            out.append(normal(viewed(between, t), m.roles, m.kernel))
     return make_sum(out)
-
-
-def _seen(between: View | None, t: Value) -> Value:
-    return t if between is None else as_value(view(t, between.splits, between.groups))
 
 
 def _terms(y: Value) -> tuple[Value, ...]:

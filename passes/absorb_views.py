@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.branches import as_branch, merge
-from fxconv.constant_images import view_constant
-from fxconv.expr import Apply, Const, Map, Sum, Value, View, permute_view, view
+from fxconv.constant_images import viewed
+from fxconv.expr import Apply, Const, Map, Sum, Value, View, permute_view
 from fxconv.law import Context, Law, Outcome
 from fxconv.raw import as_value
 from fxconv.refs import make_sum
@@ -28,7 +28,7 @@ def _rows(v: Value, context: Context) -> Value | None:
     if isinstance(x.node, Sum):
         terms: list[Value] = []
         for t in x.node.terms:
-            seen = _seen(v.node, t)
+            seen = viewed(v.node, t)
             rows = seen if isinstance(seen.node, Const) else _rows(seen, context)
             if rows is None:
                 return None
@@ -41,12 +41,6 @@ def _rows(v: Value, context: Context) -> Value | None:
         return None
     out = merge([branch])
     return out if isinstance(out, Value) and isinstance(out.node, Map) else None
-
-
-def _seen(between: View, t: Value) -> Value:
-    if isinstance(t.node, Const):
-        return Value(view_constant(View(t, between.splits, between.groups), t.node))
-    return as_value(view(t, between.splits, between.groups))
 
 
 def _before(f: Apply, context: Context) -> Value | None:

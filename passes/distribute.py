@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fxconv.algebra import join, meet
-from fxconv.constant_images import image, view_constant
+from fxconv.constant_images import image, viewed
 from fxconv.expr import Const, Map, Sum, Value, View, Window, has_resample, is_selection, view
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.normal_form import normal
@@ -95,10 +95,7 @@ def _seen(between: View | None, x: Value) -> Value:
         return x
     if isinstance(x.node, Sum):
         return make_sum([_seen(between, t) for t in x.node.terms])
-    if isinstance(x.node, Const):
-        return Value(view_constant(View(x, between.splits, between.groups), x.node))
-    out = view(x, between.splits, between.groups)
-    return out if isinstance(out, Value) else Value(out)
+    return viewed(between, x)
 
 
 def _absorbs(t: Value, context: Context) -> bool:

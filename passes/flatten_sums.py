@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fxconv.constant_images import view_constant
-from fxconv.expr import Const, Sum, Value, View, view
+from fxconv.constant_images import viewed
+from fxconv.expr import Const, Sum, Value, View
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome, through_view
 from fxconv.refs import make_sum
@@ -24,7 +24,7 @@ from fxconv.refs import make_sum
 def _flatten(v: Value, context: Context) -> Iterator[Outcome]:
     if isinstance(v.node, View) and isinstance(v.node.x.node, Sum) and context.uses(v.node.x) <= 1:
         # A view of a sum is the sum of the views: nothing is computed anew.
-        yield make_sum([_seen(v.node, t) for t in v.node.x.node.terms])
+        yield make_sum([viewed(v.node, t) for t in v.node.x.node.terms])
         return
     if not isinstance(v.node, Sum):
         return
@@ -34,10 +34,10 @@ def _flatten(v: Value, context: Context) -> Iterator[Outcome]:
         between, inner = through_view(t)
         if isinstance(inner.node, Sum) and context.uses(t) <= 1 and context.uses(inner) <= 1:
             opened = True
-            terms.extend(_seen(between, s) if between is not None else s for s in inner.node.terms)
+            terms.extend(viewed(between, s) for s in inner.node.terms)
         elif isinstance(t.node, View) and isinstance(inner.node, Const):
             opened = True
-            terms.append(_seen(t.node, inner))
+            terms.append(viewed(t.node, inner))
         else:
             terms.append(t)
     constants = [t.node for t in terms if isinstance(t.node, Const)]
@@ -66,13 +66,6 @@ def _cancels(k: Kernel) -> bool:
 
     found: bool = k.fact("cancels", cancels)
     return found
-
-
-def _seen(between: View, t: Value) -> Value:
-    if isinstance(t.node, Const):
-        return Value(view_constant(View(t, between.splits, between.groups), t.node))
-    seen = view(t, between.splits, between.groups)
-    return seen if isinstance(seen, Value) else Value(seen)
 
 
 law = Law("flatten sums", _flatten)
