@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
 from fxconv import kernel as kernels
-from fxconv.axes import Size, is_static
+from fxconv.axes import Size, is_static, product
 from fxconv.expr import (
+    Const,
     Kept,
     Map,
     New,
@@ -36,6 +37,7 @@ from fxconv.expr import (
 )
 from fxconv.kernel import Kernel
 from fxconv.normal_form import normal
+from fxconv.picks import picked_at_once
 from fxconv.raw import Raw, Splits, as_value, densify_resampling, moved, raw, refine
 from fxconv.window import Cascade, Filter, affine_pairs, cascade
 
@@ -54,6 +56,7 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
     (1) the filter applied to the kernel's rows, (2) `window.cascade`, (3) the inner filter's adjoint applied to the
     outer kernel's columns. (1) and (3) need static sizes.
     """
+    outer, inner = picked_at_once(outer, perm, inner)
     roles: list[Role] = []
     relations: list[tuple[str, int, int, object]] = []  # (kind, middle slot, outer out slot or -1, data)
     contracted: list[tuple[int, int]] = []  # (input slot, middle slot)
@@ -106,6 +109,8 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
     shape = kernel_shape(tuple(roles), inner.in_sizes)
     if not all(is_static(s) for s in shape):
         return f"the kernel would have a dynamic size: {shape}"
+    if 0.0 in (outer.kernel.uniform, inner.kernel.uniform):
+        return Raw(inner.in_sizes, tuple(roles), kernels.uniform(shape, 0.0))
     multiple = _multiple(outer, perm, inner)
     if multiple is not None:
         return Raw(inner.in_sizes, tuple(roles), multiple)
@@ -380,19 +385,37 @@ def join(outer: Map, inner: Map, between: View | None = None) -> Value | str | N
 
     None where other resampling keeps the two apart: it has its own operator, and `commute` moves maps past it.
     """
-    if has_resample(outer) == has_resample(inner):
+    if has_resample(outer) == has_resample(inner) or is_selection(outer) and is_selection(inner):
         return compose(outer, inner, between)
     if has_resample(inner):
         return _under_contraction(outer, inner, between)
     m = meet(outer, inner, between)
     if isinstance(m, str):
         return m
-    resampled = {o: role.src for o, role in enumerate(m.outer.roles) if isinstance(role, Resample)}
+    resampled = {o: role for o, role in enumerate(m.outer.roles) if isinstance(role, Resample)}
     known = (New, Shared, Window) if is_selection(inner) else (New, Shared)
-    if any(not isinstance(m.inner.roles[m.perm[src]], known) for src in resampled.values()):
+    meeting = {o for o, role in resampled.items() if isinstance(m.inner.roles[m.perm[role.src]], known)}
+    later = {o: role for o, role in resampled.items() if o not in meeting}
+    if not meeting or any(not isinstance(m.inner.roles[m.perm[role.src]], Kept) for role in later.values()):
         return None
-    dense = densify_resampling(m.outer, set(resampled))
-    return dense if isinstance(dense, str) else _composed(replace(m, outer=dense), inner)
+    # What the inner map keeps is resampled behind the composition.
+    roles = tuple(Kept(later[o].src) if o in later else role for o, role in enumerate(m.outer.roles))
+    dense = densify_resampling(replace(m.outer, roles=roles), meeting)
+    composed = dense if isinstance(dense, str) else _composed(replace(m, outer=dense), inner)
+    return composed if isinstance(composed, str) or not later else _resampled(composed, later, m.out_splits)
+
+
+def _resampled(x: Value, resampled: Mapping[int, Resample], splits: Splits) -> Value | None:
+    """A value with some slots resampled, which are counted as the parts that ``splits`` has; None for a constant."""
+    if isinstance(x.node, Const):
+        return None
+    count = itertools.count()
+    roles: list[Role] = []
+    for slot, split in enumerate(splits):
+        parts = [next(count) for _ in split]
+        found = [resampled[o] for o in parts if o in resampled]
+        roles.append(moved(found[0], slot) if found else Kept(slot))
+    return normal(x, roles, kernels.uniform((), 1.0))
 
 
 def _under_contraction(outer: Map, inner: Map, between: View | None) -> Value | str | None:
@@ -414,6 +437,9 @@ def _composed(m: Meeting, inner: Map) -> Value | str:
     composed = compose_raw(m.outer, m.perm, m.inner)
     if isinstance(composed, str):
         return composed
+    if composed.kernel.uniform == 0.0:
+        zeros = tuple(product(split) for split in m.out_splits)
+        return Value(Const(zeros, (False,) * len(zeros), kernels.uniform((), 0.0)))
     x = as_value(split_view(m.x, m.in_splits))
     out = normal(x, composed.roles, composed.kernel)
     return regroup(out, m.out_splits, m.count)

@@ -102,8 +102,11 @@ def _branch(m: Map, outer: View | None) -> Branch | None:
         order = [a for g in outer.groups for a in g]
         atoms = outer.atoms
         result_splits = tuple(tuple(atoms[a] for a in g) for g in outer.groups)
-        if len(order) != len(atoms):
-            return None
+        for left_out in sorted(set(range(len(atoms))) - set(order), reverse=True):
+            without = _without_slot(fine, left_out)
+            if without is None:
+                return None
+            fine, order = without, [a - (a > left_out) for a in order]
         fine = _permute_outs(fine, order)
     base = m.x
     if isinstance(base.node, View) and any(len(s) != 1 for s in in_splits):
@@ -128,6 +131,20 @@ def _branch(m: Map, outer: View | None) -> Branch | None:
         result_splits = tuple(tuple(s for _ in split for s in next(flat)) for split in result_splits)
         in_splits, base = v.splits, v.x
     return Branch(base, fine, in_splits, result_splits)
+
+
+def _without_slot(m: Raw, o: int) -> Raw | None:
+    """A map without an output slot of size 1: what is slid along, kept or scaled there is contracted; None where it is no such
+    slot."""
+    role = m.roles[o]
+    if isinstance(role, Resample) or role_size(role, m.in_sizes) != 1:
+        return None
+    if isinstance(role, Window) and not is_static(m.in_sizes[role.src]):
+        return None
+    if not isinstance(role, New):
+        m = densify(m, o)
+    shape = [s for key, s in zip(m.axes(), m.kernel.shape, strict=True) if key != ("out", o)]
+    return Raw(m.in_sizes, (*m.roles[:o], *m.roles[o + 1 :]), kernels.reshape(m.kernel, shape))
 
 
 def _permute_outs(m: Raw, order: Sequence[int]) -> Raw:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxconv import shapes
+from fxconv.capture_int import Namespaces, asked, symbolic_int
 from fxconv.captured import Captured, frozen_reason, quiet
 from fxconv.errors import CaptureError, TrainingModeError
 from fxconv.functional import functionalise
@@ -131,10 +132,27 @@ def run_export(
         given = _by_name(twin, args, kwargs, given)
     else:
         given = None if dynamic == "none" else dynamic
-    budget = _Budget() if dynamic == "all" else contextlib.nullcontext()
-    # A failed export prints the graph that it has so far to stderr.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), budget:
-        return torch.export.export(twin, args, kwargs or None, dynamic_shapes=given, strict=False)
+
+    def export(namespaces: Namespaces) -> tuple[ExportedProgram, Namespaces]:
+        budget = _Budget() if dynamic == "all" else contextlib.nullcontext()
+        # A failed export prints the graph that it has so far to stderr.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), asked() as found, symbolic_int(namespaces), budget:
+            program = torch.export.export(structural_copy(twin), args, kwargs or None, dynamic_shapes=given, strict=False)
+        return program, found
+
+    program, found = export({})
+    namespaces: Namespaces = {}
+    while found.keys() - namespaces.keys() and dynamic in ("all", "batch"):
+        # The more sizes stay symbolic, the more code is seen to ask for one.
+        namespaces |= found
+        try:
+            wider, found = export(namespaces)
+        except Exception:
+            break
+        if _dynamic_dims(wider) <= _dynamic_dims(program):
+            break
+        program = wider
+    return program
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], specs: tuple[Any, ...]) -> Any:
@@ -180,6 +198,11 @@ def _export_larger(
 def _input_sizes(program: ExportedProgram) -> dict[int, tuple[Any, ...]]:
     """Leaf index of an input → its sizes."""
     return {i: shapes.sizes(value) for i, value in _inputs(program).items()}
+
+
+def _dynamic_dims(program: ExportedProgram) -> int:
+    """How many dims of inputs are dynamic and not pinned to one value."""
+    return sum(shapes.is_dynamic(s) for sizes in _input_sizes(program).values() for s in sizes) - len(_pinned_dims(program)[0])
 
 
 def _inputs(program: ExportedProgram) -> dict[int, torch.Tensor]:

@@ -9,6 +9,7 @@ from fxconv.algebra import compose_raw
 from fxconv.axes import Size, is_static, product
 from fxconv.expr import Const, Kept, Map, New, Resample, Role, Value, View, Window, view
 from fxconv.kernel import Kernel
+from fxconv.normal_form import normal
 from fxconv.raw import Raw, as_value, densify_resampling, moved, raw
 from fxconv.window import Filter, stays_inside
 
@@ -20,6 +21,11 @@ def viewed(between: View | None, x: Value) -> Value:
     if isinstance(x.node, Const):
         return Value(view_constant(View(x, between.splits, between.groups), x.node))
     return as_value(view(x, between.splits, between.groups))
+
+
+def mapped(m: Map, between: View | None, x: Value) -> Value:
+    """The value of a map, after a view, at another operand of the same sizes."""
+    return normal(viewed(between, x), m.roles, m.kernel)
 
 
 def image(m: Map, between: View | None, t: Value) -> Value | str:

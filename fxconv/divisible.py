@@ -1,10 +1,11 @@
-"""What a model's own views say about its sizes: patches of ``h // 4`` by 4 are of an h that 4 divides.
+"""What a model's own operators say about its sizes: patches of ``h // 4`` by 4 are of an h that 4 divides.
 
 ``x.reshape(n, c, h // 4, 4, w // 4, 4)`` has as many entries as ``x``, or the model raises; neither ``4·(h // 4)`` nor
 ``4·(w // 4)`` is more than what it stands for, so both are equal to it. Nothing in the captured sizes says so: there h is
 h, and the 4 behind a view is ``h // (h // 4)``. `assume_divisible` writes the sizes of a captured graph with ``4·(h // 4)``
-for h. The graph itself stays; what comes of it is right wherever the model runs, and checks that it does: the view that
-would have raised may be gone.
+for h. So do concatenations: every second pixel from the first, ``(h + 1) // 2`` of them, fits beside every second from the
+next, ``h // 2``, where h is even. The graph itself stays; what comes of it is right wherever the model runs, and checks that
+it does: the view or concatenation that would have raised may be gone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ def assume_divisible(gm: fx.GraphModule) -> list[SizeCheck]:
         if not node.op.startswith("call_") or not _may_divide(node):
             continue
         op = canonical(node, gm, {})
-        if not isinstance(op, Op) or op.name not in ("reshape", "pixel_unshuffle"):
+        if not isinstance(op, Op) or op.name not in ("reshape", "pixel_unshuffle", "cat", "stack"):
+            continue
+        if op.name in ("cat", "stack"):
+            shapes = [shape_of(v) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+            along = int(op.attrs["dim"]) if op.name == "cat" else None
+            facts += [fact for fact in slices_said(shapes, along) if fact not in facts]
             continue
         source = node.all_input_nodes[0].meta.get("val")
         if not isinstance(source, torch.Tensor):
@@ -97,6 +103,23 @@ def divisors_said(before: list[Size], after: list[Size]) -> list[Fact]:
         facts.append(fact)
         top.remove(fact[0])
     return facts if math.prod(k for _, k in facts) == math.prod(numbers) else []
+
+
+def slices_said(shapes: list[tuple[Size, ...]], along: int | None) -> list[Fact]:
+    """What sizes are multiples of, given that the shapes are equal in all dims but one.
+
+    ``(b + k − 1) // k``, the elements from the first on in steps of k, are as many as ``b // k`` where k divides b, and only
+    there.
+    """
+    facts: list[Fact] = []
+    for d, sizes in enumerate(zip(*shapes, strict=False)):
+        if d == along or len(set(sizes)) < 2:
+            continue
+        fewest = {s.args for s in sizes if isinstance(s, FloorDiv)}
+        for b, k in fewest:
+            if k.is_Integer and k > 1 and any(s == FloorDiv(b + k - 1, k) for s in sizes):
+                facts.append((b, int(k)))
+    return facts
 
 
 def _factors(e: sympy.Expr) -> Iterator[sympy.Expr]:

@@ -14,9 +14,11 @@ from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
 from fxconv.functional import has_effect
 from fxconv.kernel import Kernel
+from fxconv.plan_conv import as_images
+from fxconv.pricing import slot_order
 from fxconv.state import State
 from fxconv.steps import Chain, Layout, Step, plan_view
-from fxconv.strides import needs_copy
+from fxconv.strides import needs_copy, read_as_view
 from fxconv.sums import plan_sum
 from fxconv.writer import Writer
 
@@ -145,7 +147,7 @@ class Emitter:
         with self.gm.graph.inserting_before(twin):
             node, layout = self._emit(v)
             if self.state.anchored(v):
-                node = self._in_dims(v, node, layout, original)
+                node = self._strided_for_views(v, self._in_dims(v, node, layout, original), layout, original)
                 if needs_copy(self.state, v):
                     shape = self.state.lifter.lifted.refs[original].shape
                     node = w.write(Step("contiguous", shape, shape), node)
@@ -172,6 +174,20 @@ class Emitter:
             if not all(same(a, b) for a, b in zip(have, ref.shape, strict=True)):
                 node = self.writer.write(Step("reshape", have, ref.shape), node)
         return node
+
+    def _strided_for_views(self, v: Value, node: fx.Node, layout: Layout, original: fx.Node) -> fx.Node:
+        """The tensor, copied where it comes in another order than the original's and a reader takes a view that needs that."""
+        memory, dims = self.state.originals[v].memory, self.state.originals[v].layout
+        if slot_order(layout, v) == slot_order(memory, v) or not read_as_view(original):
+            return node
+        order = [dims.index(g) for g in memory if g]
+        order = [*order, *(d for d in range(len(dims)) if d not in order)] if memory != dims else list(range(len(dims)))
+        shape = tuple(as_size(s) for s in node.meta["val"].shape)
+        permuted = tuple(shape[d] for d in order)
+        node = self.writer.write(Step("permute", shape, permuted, attrs={"dims": tuple(order)}), node)
+        node = self.writer.write(Step("contiguous", permuted, permuted), node)
+        back = tuple(order.index(d) for d in range(len(order)))
+        return self.writer.write(Step("permute", permuted, shape, attrs={"dims": back}), node)
 
     def _in_memory_order(self, v: Value, node: fx.Node) -> tuple[fx.Node, Layout]:
         """A tensor of the original graph with its dims in the order of its strides: a view, and contiguous."""
@@ -243,6 +259,9 @@ class Emitter:
         plan = self.state.best_plan(v, bias)
         if plan is None:
             raise AssertionError(f"no operator computes {v}: {v.node.roles}")
+        readers = self.state.users_of(v)
+        if self.state.alone(v) and len(readers) == 1 and isinstance(readers[0].node, View) and 2 in self.state.target.conv:
+            plan = as_images(plan, readers[0].node)
         return self._chain(plan.steps, x), plan.layout
 
     def _emit_biased(self, t: Value, m: Value, bias: Const) -> tuple[fx.Node, Layout]:

@@ -19,6 +19,7 @@ from typing import Any
 from fxconv import kernel as kernels
 from fxconv.axes import Size, product, same, same_shape
 from fxconv.kernel import Kernel
+from fxconv.resample import PICK
 from fxconv.window import Filter
 
 _ids = itertools.count()
@@ -124,13 +125,15 @@ class Map:
 
     @cached_property
     def selects(self) -> bool:
-        """Whether the map pads, crops or strides and does nothing else: kept slots and one-tap windows of weight 1."""
-        return (
-            self.kernel.uniform == 1.0
-            and not self.contracted
-            and all(isinstance(r, Kept) or (isinstance(r, Window) and r.filter.is_selection) for r in self.roles)
-            and any(isinstance(r, Window) for r in self.roles)
-        )
+        """Whether the map pads, crops or strides and does nothing else: kept slots and one-tap windows of weight 1.
+
+        So does one that picks entries of axes, as windows can't where the size is dynamic; it does nothing but that.
+        """
+        if self.kernel.uniform != 1.0 or self.contracted:
+            return False
+        active = [r for r in self.roles if not isinstance(r, Kept)]
+        windows = all(isinstance(r, Window) and r.filter.is_selection for r in active)
+        return bool(active) and (windows or all(isinstance(r, Resample) and r.kind == PICK for r in active))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from fxconv import kernel as kernels
 from fxconv.axes import Size, as_size, is_static, quotient, same
 from fxconv.expr import Const, Kept, New, Resample, Role, Value, Window
 from fxconv.operators import broadcast, out_shape, rule, scale
-from fxconv.refs import LiftError, Ref, arrange, make_map, make_sum, refine_together
-from fxconv.resample import CUBIC
-from fxconv.window import Filter, conv_filter, nearest_filter, selection_filter
+from fxconv.operators_linear import slide
+from fxconv.refs import LiftError, Ref, arrange, make_map, make_sum, refine_together, regroup_dims
+from fxconv.resample import CUBIC, PADDING, PICK
+from fxconv.window import Filter, conv_filter, nearest_filter, selection_filter, transposed_filter
 
 if TYPE_CHECKING:
     from fxconv.lift import Lifter
@@ -204,18 +205,30 @@ def _interpolate(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
 def _pad(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     ref = lifter.ref(op.inputs[0])
     mode, value = str(op.attrs["mode"]), float(op.attrs["value"] or 0.0)
+    shape = out_shape(node)
+    pads = op.attrs["pads"]
+    if mode in PADDING:
+        return _padded_with_values(ref, mode, pads, shape)
     if mode != "constant":
         raise LiftError(f"padding_mode={mode!r}")
     if not math.isfinite(value):
         raise LiftError(f"padding with {value}")
-    shape = out_shape(node)
-    pads = op.attrs["pads"]
     out = place(ref, {d: (-lo, shape[d]) for d, (lo, hi) in enumerate(pads) if (lo, hi) != (0, 0)})
     if value == 0.0:
         return out
     if not all(is_static(shape[d]) and is_static(ref.shape[d]) for d, p in enumerate(pads) if p != (0, 0)):
         raise LiftError(f"padding with {value} to a dynamic size")
     return _fill_border(out, pads, value)
+
+
+def _padded_with_values(ref: Ref, mode: str, pads: Sequence[tuple[int, int]], shape: tuple[Size, ...]) -> Ref:
+    if min(min(p) for p in pads) < 0:
+        raise LiftError(f"padding_mode={mode!r} with padding below zero")
+    padded = {d: p for d, p in enumerate(pads) if p != (0, 0)}
+    if any(ref.shape[d] == 1 for d in padded):
+        raise LiftError(f"padding_mode={mode!r} of an axis of size 1")
+    roles: dict[int, Role | None] = {d: Resample(0, mode, p, shape[d]) for d, p in padded.items()}
+    return along_dims(ref, roles, kernels.uniform((), 1.0)) if roles else ref
 
 
 def _fill_border(out: Ref, pads: Sequence[tuple[int, int]], value: float) -> Ref:
@@ -254,6 +267,26 @@ def place(ref: Ref, starts: dict[int, tuple[int, Size]], step: dict[int, int] | 
     return along_dims(ref, roles, kernels.uniform([1] * len(roles), 1.0))
 
 
+def pick(ref: Ref, d: int, places: Sequence[int]) -> Ref:
+    """The entries of a dim at places that are counted from its ends, whatever its size."""
+    return along_dims(ref, {d: Resample(0, PICK, tuple(places), len(places))}, kernels.uniform((), 1.0))
+
+
+def _place(index: object, n: Size) -> Size:
+    """The place that an index stands for; negative where it is known from the end of the axis only."""
+    place = 0 if index is None else as_size(index)
+    from_end = as_size(place - n)
+    return from_end if not is_static(place) and is_static(from_end) else place
+
+
+def _cut(ref: Ref, d: int, start: object, size: Size, step: int) -> Ref:
+    """``x[start::step]`` of a dim, cut to ``size``."""
+    first = _place(start, ref.shape[d])
+    if is_static(first) and is_static(size) and not is_static(ref.shape[d]):
+        return pick(ref, d, range(int(first), int(first) + int(size) * step, step))
+    return place(ref, {d: (_bounds(ref.shape[d], start, size, step), size)}, {d: step})
+
+
 def _bounds(n: Size, start: object, size: Size, step: int) -> int:
     """The first element of a slice as a non-negative number."""
     first = 0 if start is None else as_size(start)
@@ -278,20 +311,16 @@ def _slice(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     size = out_shape(node)[d]
     if same(size, 0):
         raise LiftError("an empty slice")
-    return place(ref, {d: (_bounds(ref.shape[d], op.attrs["start"], size, step), size)}, {d: step})
+    return _cut(ref, d, op.attrs["start"], size, step)
 
 
 def _select(ref: Ref, d: int, index: object) -> Ref:
-    i = as_size(index)
     n = ref.shape[d]
+    i = _place(index, n)
     if not is_static(i):
         raise LiftError(f"an element at a dynamic place {i}")
     i = int(i)
-    if i < 0:
-        if not is_static(n):
-            raise LiftError(f"an element from the end of a dynamic axis {n}")
-        i += int(n)
-    out = place(ref, {d: (i, 1)})
+    out = place(ref, {d: (i if i >= 0 else i + int(n), 1)}) if is_static(n) else pick(ref, d, (i,))
     return Ref(out.value, out.dims[:d] + out.dims[d + 1 :])
 
 
@@ -316,7 +345,7 @@ def _index(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
             size = shape[out_d]
             if same(size, 0):
                 raise LiftError("an empty slice")
-            ref = place(ref, {d: (_bounds(ref.shape[d], item[1], size, step), size)}, {d: step})
+            ref = _cut(ref, d, item[1], size, step)
             d, out_d = d + 1, out_d + 1
     return ref
 
@@ -391,7 +420,7 @@ def _index_select(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
         index = tuple(lifter.constants.value(op.inputs[1]).tolist())
     n = ref.shape[d]
     if not is_static(n):
-        raise LiftError(f"entries by index of an axis of dynamic size {n}")
+        return pick(ref, d, tuple(int(i) for i in index))
     return gather(ref, d, tuple(int(i) % int(n) for i in index))
 
 
@@ -438,6 +467,29 @@ def _im2col(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     c = len(kept)
     dims = (tuple(slots[0]), (*slots[1], c, c + 1), (c + 2, c + 3))
     return Ref(out, tuple(_without_ones(d, out.sizes) for d in dims))
+
+
+@rule("col2im")
+def _col2im(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
+    ref = lifter.ref(op.inputs[0])
+    a, shape = op.attrs, out_shape(node)
+    kernel, stride, padding, dilation = a["kernel"], a["stride"], a["padding"], a["dilation"]
+    n, channels, taps = ref.shape[0], shape[1], math.prod(kernel)
+    reach = [dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
+    places = [_floor_size(shape[2 + i], reach[i], stride[i], padding[i]) for i in range(2)]
+    touching = all(same(as_size(places[i] * kernel[i]), shape[2 + i]) for i in range(2))
+    if touching and tuple(stride) == tuple(kernel) and not any(padding) and tuple(dilation) == (1, 1):
+        fine = regroup_dims(ref, (n, channels, *kernel, *places))
+        d = fine.dims
+        return Ref(fine.value, (d[0], d[1], d[4] + d[2], d[5] + d[3]))
+    # What unfolding reads from a place, added up there: a transposed convolution whose kernel is one for each tap.
+    more = [as_size(shape[2 + i] + 2 * padding[i] - reach[i] - (places[i] - 1) * stride[i]) for i in range(2)]
+    if not all(is_static(s) for s in (channels, *more)):
+        raise LiftError(f"a fold to a dynamic size {shape[2:]}")
+    filters = [transposed_filter(kernel[i], stride[i], padding[i], dilation[i], int(more[i])) for i in range(2)]
+    eye = torch.eye(taps, dtype=torch.float64).reshape(1, 1, taps, *kernel).flip(3, 4)
+    k = kernels.expand(kernels.literal(eye), (int(channels), 1, taps, *kernel))
+    return slide(regroup_dims(ref, (n, as_size(channels * taps), *places)), k, filters, shape)
 
 
 @rule("tensor_unfold")

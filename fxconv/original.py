@@ -77,7 +77,7 @@ def original_steps(lifter: Lifter, node: fx.Node, op: Op) -> list[Step]:
         return [Step("add", in_shape, shape)]
     if op.name in ("slice", "select", "index"):
         return [Step("slice", shape, shape)]
-    if op.name in ("cat", "stack", "roll", "write"):
+    if op.name in ("cat", "stack", "roll", "write", "col2im"):
         return [Step("cat", shape, shape)]
     if op.name == "avg_pool":
         return [Step("avg_pool", in_shape, shape, attrs={"kernel": tuple(op.attrs["kernel"])})]

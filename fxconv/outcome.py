@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
 
 from fxconv.capture import Captured, restore_inplace
 from fxconv.cost import Price
@@ -23,6 +24,9 @@ from fxconv.verify_cluster import Verdict
 logger = logging.getLogger("fxconv")
 
 Symbols = dict[sympy.Symbol, tuple[int, "int | None", int]]
+
+_UNKNOWN_SIZE = 16
+"""What a size that the values of a tensor decide is taken for in a price."""
 
 
 @dataclass
@@ -102,18 +106,25 @@ def parameters_of(emitted: Emitted, cluster: Cluster) -> list[str]:
 
 
 def symbol_ranges(gm: fx.GraphModule) -> Symbols:
-    """Range and example value of every symbol in the graph's sizes."""
+    """Range and example value of every symbol in the graph's sizes.
+
+    A size that the values of a tensor decide has no example; it gets one that it may have.
+    """
     mode = fake_mode_of(gm.graph)
     env = getattr(mode, "shape_env", None)
     if env is None:
         return {}
     values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     out: Symbols = {}
-    for symbol, value in values.items():
+    unknown = [s for s in env.var_to_range if s not in values and symbol_is_type(s, SymT.UNBACKED_INT)]
+    for symbol, value in [*values.items(), *((s, None) for s in unknown)]:
         interval = env.var_to_range.get(symbol)
         low, high = 2, None
         if interval is not None:
             low = int(interval.lower) if interval.lower.is_Integer else 2
             high = int(interval.upper) if interval.upper.is_Integer and interval.upper < 2**31 else None
+        if value is None:
+            low = max(low, 2)
+            value = max(low, _UNKNOWN_SIZE if high is None else min(high, _UNKNOWN_SIZE))
         out[symbol] = (low, high, int(value))
     return out

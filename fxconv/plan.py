@@ -6,8 +6,9 @@ operand's tensor (`plan_map`, `steps.plan_view`), or a combination of several te
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxconv import kernel as kernels
@@ -27,6 +28,7 @@ from fxconv.expr import (
     is_selection,
 )
 from fxconv.kernel import Kernel
+from fxconv.resample import PADDING, PICK
 from fxconv.steps import Chain, Layout, Plan, Target
 from fxconv.window import Filter
 
@@ -52,7 +54,7 @@ def plan_map(m: Map, layout: Layout, target: Target, bias: Const | None = None) 
         if special:
             return special
     plans: list[Plan] = []
-    if target.linear and not (target.conv and any(isinstance(r, Window) for r in m.roles)):
+    if target.linear:  # of windows, those on patches that touch: by views and one copy, which the original may be written as
         plans += _plan_linear(m, layout, bias)
     if target.conv:
         from fxconv.plan_conv import plan_conv
@@ -297,6 +299,8 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
     if m.contracted or any(not isinstance(r, (Kept, Resample)) for r in m.roles) or m.kernel.uniform != 1.0:
         return []
     roles = {r.src: r for r in m.roles if isinstance(r, Resample)}
+    if any(r.kind == PICK for r in roles.values()):
+        return _plan_picks(m, layout, roles)
     chain = Chain(m.x.sizes, layout)
     rename = _kept_rename(m)
     if all(r.kind == "adaptive_avg" and r.size == 1 for r in roles.values()):
@@ -306,7 +310,8 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
         dims = tuple(d for d, g in enumerate(groups) if g and g[0] in roles)
         chain.add("mean", [s for d, s in enumerate(chain.shape()) if d not in dims], dims=dims)
         return [chain.done(rename, [g for d, g in enumerate(groups) if d not in dims])]
-    kinds = {(r.kind, r.parameters[:1] if r.kind not in ("adaptive_avg", "avg_inside") else ()) for r in roles.values()}
+    plain = PADDING | {"adaptive_avg", "avg_inside"}
+    kinds = {(r.kind, r.parameters[:1] if r.kind not in plain else ()) for r in roles.values()}
     found = _spatial_layout(chain, set(roles))
     if len(kinds) != 1 or found is None:
         return []
@@ -316,6 +321,9 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
     shape = [*chain.shape()[:-nd], *_sizes_after(m, groups[-nd:])]
     if kind == "adaptive_avg":
         chain.add("adaptive_avg", shape, size=tuple(shape[-nd:]))
+    elif kind in PADDING:
+        around = [(0, 0)] * (len(shape) - nd) + [roles[s].parameters if s in roles else (0, 0) for s in spatial]
+        chain.add("pad", shape, pads=tuple(around), mode=kind)
     elif kind == "avg_inside":
         given = [roles[s].parameters if s in roles else (1, 1, 0, False) for s in spatial]
         if len({p[3] for s, p in zip(spatial, given, strict=True) if s in roles}) != 1:
@@ -340,6 +348,28 @@ def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
             scales = [None] * nd
         chain.add("interpolate", shape, mode=kind, align_corners=parameters[0], scales=tuple(scales), size=tuple(shape[-nd:]))
     return [chain.done(rename, groups)]
+
+
+def _plan_picks(m: Map, layout: Layout, roles: Mapping[int, Resample]) -> list[Plan]:
+    """Entries of axes by their places: as slices where they are evenly spaced."""
+    if any(r.kind != PICK for r in roles.values()):
+        return []
+    chain = Chain(m.x.sizes, layout)
+    chain.to(_isolate(layout, set(roles)))
+    shape = list(chain.shape())
+    for slot, r in roles.items():
+        d = next(i for i, g in enumerate(chain.layout) if slot in g)
+        places = r.parameters
+        step = places[1] - places[0] if len(places) > 1 else 1
+        shape[d] = len(places)
+        if step > 0 and all(b - a == step for a, b in itertools.pairwise(places)):
+            end = places[-1] + 1
+            chain.add("slice", shape, dim=d, start=places[0], end=end if end != 0 else None, step=step)
+        elif min(places) >= 0:
+            chain.add("gather", shape, dim=d, index=places)
+        else:
+            return []
+    return [chain.done(_kept_rename(m))]
 
 
 def _isolate_group(layout: Layout, slots: set[int]) -> list[tuple[int, ...]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fxconv import kernel as kernels
 from fxconv.axes import Size, is_static, product, same
-from fxconv.expr import Const, Map, New, Shared, Window, axis_positions, role_size
+from fxconv.expr import Const, Map, New, Shared, View, Window, axis_positions, role_size
 from fxconv.kernel import Kernel
 from fxconv.plan import _kept_rename, bias_kernel
-from fxconv.steps import Chain, Layout, Plan, Target
+from fxconv.steps import Chain, Layout, Plan, Step, Target
 from fxconv.window import Filter, conv_filter
 
 
@@ -152,10 +153,29 @@ def _plan(
     return Plan(tuple(chain.steps), tuple(out_layout))
 
 
+def as_images(plan: Plan, view: View) -> Plan:
+    """The plan of a pointwise convolution of sequences whose result is viewed as images, with images all through it.
+
+    What it reads is then viewed in place of what it writes: next to other convolutions of images and additions to images no
+    reshape keeps a runtime from fusing them, or from its own layout. A plan of anything else comes back as it is.
+    """
+    last = plan.steps[-1]
+    pointwise = (
+        last.kind == "conv" and last.weights[0].shape[2:] == (1,) and (last.attrs["stride"], last.attrs["padding"]) == ((1,), (0,))
+    )
+    sizes = [n for s in plan.layout[-1] for n in view.splits[s] if n != 1] if pointwise else []
+    if len(sizes) != 2:
+        return plan
+    images, result = (*last.in_shape[:2], *sizes), (*last.shape[:2], *sizes)
+    weight = kernels.reshape(last.weights[0], (*last.weights[0].shape[:2], 1, 1))
+    attrs = last.attrs | {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    conv = replace(last, in_shape=images, shape=result, weights=(weight, *last.weights[1:]), attrs=attrs)
+    steps = (*plan.steps[:-1], Step("reshape", last.in_shape, images), conv, Step("reshape", result, last.shape))
+    return Plan(steps, plan.layout)
+
+
 def _attach_bias(chain: Chain, bias: Kernel) -> None:
     """Give the convolution among the last steps (a crop may follow it) a bias."""
-    from dataclasses import replace
-
     for i in range(len(chain.steps) - 1, -1, -1):
         if chain.steps[i].kind in ("conv", "conv_transpose"):
             chain.steps[i] = replace(chain.steps[i], weights=(*chain.steps[i].weights, bias))

@@ -133,7 +133,7 @@ class PricedValues(Values):
     def _turned(self, v: Value, layout: Layout) -> bool:
         """Whether a value in a layout is read by a permuted view: another node's in the order of its strides."""
         original = self.originals.get(v)
-        return original is not None and _order(layout, v) == _order(original.memory, v) != _order(original.layout, v)
+        return original is not None and slot_order(layout, v) == slot_order(original.memory, v) != slot_order(original.layout, v)
 
     def _turns(self, v: Value, steps: Sequence[Step], layout: Layout) -> Price:
         """What permuted views cost: those that the steps of a value begin and end with, and those through which it reads
@@ -409,7 +409,7 @@ class PricedValues(Values):
         return all(isinstance(u.node, Sum) and not self.unchanged(u) and v in multiples(u.node, self.alone) for u in users)
 
 
-def _order(layout: Layout, v: Value) -> list[int]:
+def slot_order(layout: Layout, v: Value) -> list[int]:
     """Slots in memory order, those of size 1 left out."""
     return [s for g in layout for s in g if v.sizes[s] != 1]
 

@@ -34,6 +34,11 @@ class Raw:
         named = {r.src for r in self.roles if not isinstance(r, New)}
         return tuple(i for i in range(len(self.in_sizes)) if i not in named)
 
+    @property
+    def acting(self) -> tuple[int, ...]:
+        """The input slots that the map does something to."""
+        return (*self.contracted, *dict.fromkeys(r.src for r in self.roles if not isinstance(r, (New, Kept))))
+
     def axes(self) -> list[tuple[str, int]]:
         """What each kernel axis belongs to: ("out", output slot) or ("in", contracted input slot)."""
         outs = [("out", o) for o, r in enumerate(self.roles) if isinstance(r, (Shared, New, Window))]

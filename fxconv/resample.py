@@ -1,4 +1,5 @@
-"""The matrices of resampling along one axis: interpolation, adaptive and border-aware average pooling.
+"""The matrices of resampling along one axis: interpolation, adaptive and border-aware average pooling, padding with values,
+picking entries.
 
 Each row sums to 1, so a constant passes unchanged; the maps of different axes commute with each other and with
 everything on other axes.
@@ -14,6 +15,11 @@ import torch.nn.functional as F
 
 CUBIC = "cubic"
 """1-d interpolation has no bicubic mode; it is read off a 2-d one with a unit axis."""
+PICK = "pick"
+"""Entries at places that are counted from the ends of an axis, whose size need not be known: a class token."""
+
+PADDING = frozenset(("reflect", "replicate", "circular"))
+"""Padding with values of the axis itself."""
 
 
 @lru_cache(maxsize=256)
@@ -22,8 +28,9 @@ def matrix(kind: str, parameters: tuple[Any, ...], n_in: int, n_out: int) -> tor
 
     Args:
         kind: "linear", "cubic", "nearest", "nearest-exact" (parameters: align_corners, scale or None), "adaptive_avg"
-            (none; 1 output is the mean) or "avg_inside" (kernel, stride, padding, ceil_mode: average over the elements
-            that are inside).
+            (none; 1 output is the mean), "avg_inside" (kernel, stride, padding, ceil_mode: average over the elements
+            that are inside), one of `PADDING` (elements in front, elements behind) or "pick" (the place of each output,
+            negative from the end).
         n_in: input size.
         n_out: output size.
 
@@ -33,9 +40,13 @@ def matrix(kind: str, parameters: tuple[Any, ...], n_in: int, n_out: int) -> tor
     eye = torch.eye(n_in, dtype=torch.float64)[:, None, :]  # basis vectors as a batch of signals
     if kind == "adaptive_avg":
         out = F.adaptive_avg_pool1d(eye, n_out)
+    elif kind == PICK:
+        out = eye[..., list(parameters)]
     elif kind == "avg_inside":
         kernel, stride, padding, ceil_mode = parameters
         out = F.avg_pool1d(eye, kernel, stride, padding, ceil_mode, count_include_pad=False)
+    elif kind in PADDING:
+        out = F.pad(eye, list(parameters), mode=kind)
     elif kind in ("linear", CUBIC, "nearest", "nearest-exact"):
         align_corners, scale = parameters
         mode = {"linear": "bilinear", CUBIC: "bicubic"}.get(kind, kind)

@@ -119,6 +119,7 @@ class Search:
     _looks: int = 0
     _reach: float = 0.0
     _most_macs: float = 0.0
+    _at_first: float = 0.0
     _launches: float = 0.0
     _noise: float = 0.0
     _known: dict[Hashable, Outcome] = field(default_factory=dict)
@@ -139,6 +140,7 @@ class Search:
         """Rewrite until no value has a step that pays."""
         # Not relative to a score with penalties for what the target forbids: all that merging saves would vanish beside them.
         self._noise = 1e-9 * score(self.state.honest_total(), self.state.objective)
+        self._at_first = self.state.total.macs
         laws = self.laws
         self.laws = [law for law in laws if not law.late]
         self._run([v for v in self._order() if not isinstance(v.node, (Leaf, Const))])
@@ -183,10 +185,12 @@ class Search:
         # A sum of slices costs no multiply-adds, and little time, beside what computes them; launches it has as many.
         around = state.price_after(v) if state.objective == "launches" else self._price_around(v)
         self._reach = self.budget.reach * max(score(around, state.objective), 1e-9)
-        # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools.
+        # A step may trade time for launches, never for multiply-adds: a launch-heavy model would densify its pools. What
+        # earlier steps saved here may be spent again, so that the order of steps does not decide.
         self._launches = state.total.launches
-        slack = 1.1 if state.objective == "launches" else 1.0
-        self._most_macs = state.total.macs * slack * (1 + 1e-9)
+        self._most_macs = state.total.macs * (1 + 1e-9)
+        if state.objective == "launches":
+            self._most_macs = max(1.1 * state.total.macs, min(state.total.macs + self._saved_around(v), self._at_first))
         alike = self._likeness.around(v) if self._likeness is not None else None
         known = self._known.get(alike)
         touched = self._repeat(v, known) if known is not None else None
@@ -206,6 +210,19 @@ class Search:
             level = [y for y in dict.fromkeys(y for x in level for y in self.state.reads(x)) if y not in seen]
             seen.update(level)
         return total
+
+    def _saved_around(self, v: Value) -> float:
+        """Multiply-adds that the original graph spends on v, within as many steps as the search takes, and that are not now."""
+        state, level, seen = self.state, [v], {v}
+        saved = -state.price_after(v).macs
+        for _ in range(self.budget.depth + 1):
+            for x in level:
+                if x in state.originals and (x is v or x not in state.uses):
+                    saved += state.originals[x].price.macs
+            below = (y for x in level if x in state.originals for y in state.originals[x].reads)
+            level = [y for y in dict.fromkeys(below) if y not in seen]
+            seen.update(level)
+        return max(saved, 0.0)
 
     def _search(self, v: Value) -> tuple[list[Value], Outcome]:
         """Explore from v and take what pays best: the values touched, and what a value like v need not search for."""
@@ -293,13 +310,16 @@ class Search:
             loses = s > state.score() + smallest_gain(state.objective) or total.macs > self._most_macs
             if law not in WEIGHED or law in out or impossible or not loses:
                 continue
-            then = now + (total - state.total)
-            what = [f"{now.macs:,.0f} → {then.macs:,.0f} multiply-adds", f"{now.seconds * 1e6:.1f} → {then.seconds * 1e6:.1f} µs"]
+            before, then = now, now + (total - state.total)
+            if min(then.seconds, then.macs, then.params, then.launches) < 0:  # it made others needless that lie further away
+                before, then = state.total, total
+            what = [f"{before.macs:,.0f} → {then.macs:,.0f} multiply-adds"]
+            what.append(f"{before.seconds * 1e6:.1f} → {then.seconds * 1e6:.1f} µs")
             if state.objective in ("params", "launches"):
                 unit = {"params": "parameters", "launches": "launches"}[state.objective]
-                a, b = getattr(now, state.objective), getattr(then, state.objective)
+                a, b = getattr(before, state.objective), getattr(then, state.objective)
                 what.insert(0, f"{a:,.0f} → {b:,.0f} {unit}")
-            others = [o for o in OBJECTIVES if o != state.objective and score(then, o) < score(now, o) - smallest_gain(o)]
+            others = [o for o in OBJECTIVES if o != state.objective and score(then, o) < score(before, o) - smallest_gain(o)]
             would = f"objective={others[0]!r}" if others else ""
             out[law] = Missed(v, law, f"does not pay: {', '.join(what)}", would)
         return out

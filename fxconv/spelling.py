@@ -75,6 +75,7 @@ OPERATORS: Mapping[str, str] = {
     "pixel_unshuffle": "x; factor",
     "channel_shuffle": "x; groups",
     "im2col": "x; kernel, dilation, padding, stride",
+    "col2im": "x; kernel, dilation, padding, stride",
     "tensor_unfold": "x; dim, size, step",
     "identity": "x",
     "relu": "x",

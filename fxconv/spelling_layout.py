@@ -465,18 +465,26 @@ def channel_shuffle(c: Context, input: Any, groups: Any) -> Op:
     return c.make("channel_shuffle", (input,), groups=c.integer(groups))
 
 
+def _sliding(c: Context, name: str, input: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Op:
+    """An operator on the patches of an image under a sliding kernel."""
+    numbers = {"kernel": kernel, "dilation": dilation, "padding": padding, "stride": stride}
+    return c.make(name, (input,), **{key: c.integers(value, 2) for key, value in numbers.items()})
+
+
 @spelling("F.unfold", "aten.im2col")
 def im2col(c: Context, input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Op | Barrier:
     if c.rank(input) != 4:
         return Barrier(f"unbatched unfold input of rank {c.rank(input)}")
-    return c.make(
-        "im2col",
-        (input,),
-        kernel=c.integers(kernel_size, 2),
-        dilation=c.integers(dilation, 2),
-        padding=c.integers(padding, 2),
-        stride=c.integers(stride, 2),
-    )
+    return _sliding(c, "im2col", input, kernel_size, dilation, padding, stride)
+
+
+@spelling("F.fold", "aten.col2im")
+def col2im(
+    c: Context, input: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> Op | Barrier:
+    if c.rank(input) != 3:
+        return Barrier(f"unbatched fold input of rank {c.rank(input)}")
+    return _sliding(c, "col2im", input, kernel_size, dilation, padding, stride)
 
 
 @spelling("method.unfold", "aten.unfold", "aten.unfold_copy")

@@ -104,6 +104,12 @@ def _unfold(c: Context, m: Any, name: str, x: Any) -> Op | Barrier:
     return im2col(c, x, m.kernel_size, m.dilation, m.padding, m.stride)
 
 
+def _fold(c: Context, m: Any, name: str, x: Any) -> Op | Barrier:
+    from fxconv.spelling_layout import col2im
+
+    return col2im(c, x, m.output_size, m.kernel_size, m.dilation, m.padding, m.stride)
+
+
 def _prelu(c: Context, m: Any, name: str, x: Any) -> Op:
     return c.make("prelu", (x, *module_params(m, name, "weight")))
 
@@ -123,6 +129,7 @@ _TABLE: dict[type[nn.Module], ModuleHandler] = {
     nn.GroupNorm: _group_norm,
     nn.Upsample: _upsample,
     nn.Unfold: _unfold,
+    nn.Fold: _fold,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _batch_norm),

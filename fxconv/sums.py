@@ -200,10 +200,15 @@ def plan_sum(node: Sum, layout_of: Callable[[Value], Layout], alone: Callable[[V
 
 
 def _agreed(layouts: Sequence[Layout], sizes: tuple[Size, ...]) -> Layout:
-    """The layout in whose order most of the tensors are; of several such, one with the slots in their own order."""
+    """The layout in whose order most of the tensors are; of several such, one with the slots in their own order.
+
+    Of those that differ only in how dims merge slots, the one that most have, or else the finest: images stay images. A
+    reshape costs nothing by itself, but no runtime fuses what is on either side of it, or keeps its own layout through it.
+    """
     orders = [tuple(s for g in layout for s in g if sizes[s] != 1) for layout in layouts]
     best = max(orders, key=lambda order: (orders.count(order), order == tuple(sorted(order))))
-    return layouts[orders.index(best)]
+    alike = [layout for layout, order in zip(layouts, orders, strict=True) if order == best]
+    return max(alike, key=lambda layout: (alike.count(layout), len(layout)))
 
 
 def _rearranged(p: Part, layout: Layout, sizes: tuple[Size, ...], layout_of: Callable[[Value], Layout]) -> Part:

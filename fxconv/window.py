@@ -216,7 +216,7 @@ def cascade(outer: Filter, inner: Filter, n_in: Size, n_mid: Size, n_out: Size) 
     """``outer ∘ inner`` as one filter, or the reason why it isn't one.
 
     Exact when ``gcd(inner.down, outer.up) = 1`` and (positions that outer reads) ∩ (support of the uncropped inner) lie
-    in ``[0, n_mid)``; for a dynamic size this is decided for every size (the condition is periodic).
+    in ``[0, n_mid)``; for a dynamic size this is decided for every size that it can have (the condition is periodic).
     """
     result = _cascade(outer, inner)
     if isinstance(result, str):
@@ -228,9 +228,23 @@ def cascade(outer: Filter, inner: Filter, n_in: Size, n_mid: Size, n_out: Size) 
         return replace(result, filter=replace(f, extent=int(n_out) * f.down - f.up * int(n_in)))
     if outer.up > 1 and inner.down > 1:
         return "a dynamic size under a stride and then an upsampling has no single formula"
-    if not _border_is_zero_everywhere(outer, inner):
+    modulus, rest = remainder(n_in)
+    modulus = math.gcd(modulus, inner.down * outer.down)
+    if not _border_is_zero_everywhere(outer, inner, modulus, rest % modulus):
         return _border_reason(outer)
     return result
+
+
+def remainder(size: Size) -> tuple[int, int]:
+    """What is known of a dynamic size: a number, and what the size leaves over divided by it; (1, 0) where nothing is."""
+    if isinstance(size, int):
+        return 1, 0
+    rest, dynamic = size.as_coeff_Add()
+    parts = [part.as_coeff_Mul() for part in dynamic.as_ordered_terms()]
+    if not rest.is_Integer or not all(n.is_Integer and factor.is_integer for n, factor in parts):
+        return 1, 0
+    modulus = math.gcd(*(int(n) for n, _ in parts)) or 1
+    return modulus, int(rest) % modulus
 
 
 def _border_reason(outer: Filter) -> str:
@@ -238,8 +252,10 @@ def _border_reason(outer: Filter) -> str:
 
 
 @lru_cache(maxsize=65536)
-def _border_is_zero_everywhere(outer: Filter, inner: Filter) -> bool:
+def _border_is_zero_everywhere(outer: Filter, inner: Filter, modulus: int, rest: int) -> bool:
     for n_in in sizes_to_try(outer, inner):
+        if n_in % modulus != rest:
+            continue
         n_mid = inner.out_size(n_in)
         if n_mid < 1 or (n_out := outer.out_size(n_mid)) < 1:
             continue

@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import handlers
 
-from fxconv.axes import Size, as_size, is_static, quotient, same, shape_of
+from fxconv.axes import Size, as_size, is_static, quotient, same, same_shape, shape_of
 from fxconv.kernel import Kernel
 from fxconv.rounding import unfit
 from fxconv.steps import Step
@@ -265,6 +265,12 @@ class Writer:
         return getattr(self, f"_{step.kind}")(step, x)
 
     def _reshape(self, step: Step, x: fx.Node) -> fx.Node:
+        source = x
+        while source.target in (aten.reshape.default, torch.reshape) and "fxconv_new" in source.meta:
+            assert isinstance(source.args[0], fx.Node)
+            source = source.args[0]
+        if same_shape(shape_of(source.meta["val"]), step.shape):
+            return source
         return self.call(aten.reshape.default, x, self.shape_arg(step.shape, x), module_target=torch.reshape)
 
     def _permute(self, step: Step, x: fx.Node) -> fx.Node:
@@ -394,6 +400,10 @@ class Writer:
 
     def _pad(self, step: Step, x: fx.Node) -> fx.Node:
         pads = list(step.attrs["pads"])
+        mode = step.attrs.get("mode")
+        if mode is not None:  # which wants all dims but the first two named
+            flat = [p for pair in reversed(pads[2:]) for p in pair]
+            return self.call(aten.pad.default, x, flat, mode, module_target=F.pad)
         while pads and pads[0] == (0, 0):
             pads.pop(0)
         flat = [p for pair in reversed(pads) for p in pair]

@@ -13,6 +13,7 @@ from fxconv.passes import (
     absorb_constants,
     absorb_together,
     absorb_views,
+    collapse,
     commute,
     compose,
     distribute,
@@ -45,6 +46,7 @@ LAWS: tuple[Law, ...] = (
     homogeneity.law,
     distribute_together.law,
     merge_siblings.law,
+    collapse.law,
     recover.law,
     restate.law,
 )

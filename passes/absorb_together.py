@@ -17,10 +17,9 @@ from collections.abc import Iterator
 
 from fxconv.algebra import compose, meet
 from fxconv.branches import readings
-from fxconv.constant_images import image, viewed
+from fxconv.constant_images import image, mapped
 from fxconv.expr import Const, Kept, Map, Resample, Shared, Sum, Value, View, Window, operands
 from fxconv.law import Context, Joint, Law, Outcome, mapped_operand
-from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
 from fxconv.refs import make_sum
 
@@ -55,12 +54,12 @@ def through(m: Map, between: View | None, y: Value, composed: bool = True) -> Va
                 return None
             out.append(both)
         elif isinstance(t.node, Const):
-            mapped = image(m, between, t)
-            if isinstance(mapped, str):
+            constant = image(m, between, t)
+            if isinstance(constant, str):
                 return None
-            out.append(mapped)
+            out.append(constant)
         else:
-            out.append(normal(viewed(between, t), m.roles, m.kernel))
+            out.append(mapped(m, between, t))
     return make_sum(out)
 
 
@@ -125,10 +124,10 @@ def _handed_on(u: Value, y: Value, known: Value, composed: bool) -> Value | None
                 return None
             out.append(swapped)
         elif isinstance(t.node, Const):
-            mapped = image(m, between, t)
-            if isinstance(mapped, str):
+            constant = image(m, between, t)
+            if isinstance(constant, str):
                 return None
-            out.append(mapped)
+            out.append(constant)
         else:
             return None
     return make_sum(out)

@@ -42,11 +42,9 @@ def _commute(v: Value, context: Context) -> Iterator[Outcome]:
 def exchange(m: Meeting) -> Value | None:
     """``outer ∘ inner`` as ``inner' ∘ outer'``, or None where they act on a common axis."""
     outer, inner, perm = m.outer, m.inner, m.perm
-    acts = {k for k in outer.contracted}
-    acts |= {r.src for r in outer.roles if not isinstance(r, (New, Kept))}
     kernel = outer.kernel
     moves: set[int] = set()
-    for k in acts:
+    for k in outer.acting:
         r1 = inner.roles[perm[k]]
         if isinstance(r1, Kept):
             continue
@@ -70,7 +68,7 @@ def exchange(m: Meeting) -> Value | None:
         axis = outer.axes().index(("out", z))
         kernel = _gathered(kernel, axis, pairs.y, pairs.i, int(n_in))
         moves.add(k)
-    if not acts and outer.kernel.uniform is None:
+    if not outer.acting and outer.kernel.uniform is None:
         return None  # a number acts on no axis, and still changes places
     # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over.
     first_roles: list[Role] = []

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fxconv.algebra import join
-from fxconv.expr import Map, Value
+from fxconv.expr import Map, Resample, Value
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand
+from fxconv.resample import PADDING
 
 
 def _compose(v: Value, context: Context) -> Iterator[Outcome]:
@@ -29,6 +30,11 @@ def _compose(v: Value, context: Context) -> Iterator[Outcome]:
     result = join(outer, x.node, view)
     if result is not None:
         yield Refusal(result) if isinstance(result, str) else result
+        return
+    for role in x.node.roles:
+        if isinstance(role, Resample) and role.kind in PADDING:
+            yield Refusal(f"padding_mode={role.kind!r}: what is read at the border are values, where a convolution pads zeros")
+            return
 
 
 law = Law("compose", _compose)

@@ -15,17 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fxconv.algebra import join, meet
-from fxconv.constant_images import image, viewed
-from fxconv.expr import Const, Map, Sum, Value, View, Window, has_resample, is_selection, view
+from fxconv.constant_images import image, mapped, viewed
+from fxconv.expr import Const, Map, Sum, Value, View, Window, has_resample, is_selection
 from fxconv.law import Context, Law, Outcome, Refusal, mapped_operand, through_view
 from fxconv.normal_form import normal
 from fxconv.passes.commute import exchange
+from fxconv.raw import raw
 from fxconv.refs import make_sum
-
-
-def _plain(m: Map, between: View | None, t: Value) -> Value:
-    x = t if between is None else view(t, between.splits, between.groups)
-    return normal(x if isinstance(x, Value) else Value(x), m.roles, m.kernel)
 
 
 def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
@@ -34,7 +30,7 @@ def _term(m: Map, between: View | None, t: Value, absorb: bool) -> Value:
         composed = join(m, t.node, between)
         if isinstance(composed, Value):
             return composed
-    return _plain(m, between, t)
+    return mapped(m, between, t)
 
 
 def _push(m: Map, between: View | None, t: Value, context: Context, depth: int = 24) -> Value | str:
@@ -48,20 +44,33 @@ def _push(m: Map, between: View | None, t: Value, context: Context, depth: int =
         for s in t.node.terms:
             part = _push(m, between, s, context, depth - 1)
             if isinstance(part, str):
-                return _plain(m, between, t)
+                return mapped(m, between, t)
             parts.append(part)
         return make_sum(parts)
     if isinstance(t.node, Map):
-        if context.count(t.sizes) > context.count(t.node.x.sizes):
-            # Below what makes the tensor larger rather than into it.
-            met = meet(m, t.node, between) if has_resample(t.node) or t.node.kernel.uniform is not None else ""
+        larger = context.count(t.sizes) - context.count(t.node.x.sizes)
+        # Below what makes the tensor larger rather than into it.
+        grows = larger > 0 and (has_resample(t.node) or t.node.kernel.uniform is not None)
+        # Resampling takes in nothing; below a map it leaves the map to what reads the resampled tensor.
+        # Two dense maps of different axes: first the one that leaves less for the other to do.
+        leaves_less = m.contracted and t.node.contracted and context.count(raw(m).out_sizes) < context.count(m.x.sizes)
+        if grows or leaves_less or larger >= 0 and has_resample(m):
+            met = meet(m, t.node, between)
             swapped = exchange(met) if not isinstance(met, str) else None
             if swapped is not None:
                 return _below(swapped, context, depth)
+        if m.contracted and _pools(t.node):
+            return mapped(m, between, t)  # as one they would be a convolution with a tap for all that is pooled
         composed = join(m, t.node, between)
         if isinstance(composed, Value):
             return _further(composed, context, depth)
-    return _plain(m, between, t)
+    return mapped(m, between, t)
+
+
+def _pools(m: Map) -> bool:
+    """Whether a map adds up several places of each channel by itself, with equal weights."""
+    slides = any(isinstance(r, Window) and r.filter.up == 1 and r.filter.taps > 1 for r in m.roles)
+    return slides and not m.contracted and m.kernel.uniform is not None
 
 
 def _further(v: Value, context: Context, depth: int) -> Value:
@@ -161,7 +170,7 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     if constants and context.uses(x) <= 1:
         # The constants alone can always go: M is computed as often as before, of fewer terms. (Where others read the sum, it
         # would lose the operator that adds its bias for nothing; `absorb_together` moves the constant for all of them.)
-        yield make_sum([_plain(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
+        yield make_sum([mapped(m, between, make_sum(branches)), *images]) if branches else make_sum(images)
     able = sum(_absorbs(t, context) for t in branches) or _column_blocks(m, between, branches) or _repeated(branches)
     if not able or (not m.contracted and (2 * able < len(branches) or context.uses(x) > 1)):
         # Nothing to gain: M would be computed once per branch, and still read the same tensors; or next to a sum that is
@@ -171,8 +180,8 @@ def _distribute(v: Value, context: Context) -> Iterator[Outcome]:
     if not isinstance(deep, str) and not isinstance(deep.node, Map):
         yield deep
     for absorb in (True, False):
-        mapped = [_term(m, between, t, absorb) for t in branches]
-        yield make_sum([*mapped, *images])
+        pushed = [_term(m, between, t, absorb) for t in branches]
+        yield make_sum([*pushed, *images])
 
 
 law = Law("distribute", _distribute)

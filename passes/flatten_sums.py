@@ -41,7 +41,7 @@ def _flatten(v: Value, context: Context) -> Iterator[Outcome]:
         else:
             terms.append(t)
     constants = [t.node for t in terms if isinstance(t.node, Const)]
-    idle = [c for c in constants if _cancels(c.kernel)]
+    idle = [c for c in constants if cancels(c.kernel)]
     if opened or len(constants) > 1:
         yield make_sum(terms)
     elif idle and len(terms) > 1:
@@ -52,7 +52,7 @@ MOST_COMPARED = 2**20
 """Entries of the largest constant whose values are looked at."""
 
 
-def _cancels(k: Kernel) -> bool:
+def cancels(k: Kernel) -> bool:
     """Whether every entry is zero, or what rounding left of a sum of kernels."""
     if k.uniform is not None:
         return k.uniform == 0.0
@@ -60,11 +60,11 @@ def _cancels(k: Kernel) -> bool:
     if k.spec != "add" or not k.is_static or int(k.entries) > MOST_COMPARED:
         return False
 
-    def cancels(total: torch.Tensor) -> bool:
+    def rounded(total: torch.Tensor) -> bool:
         bound = sum(part.tensor().abs() for part in parts)
         return bool((total.abs() <= 4 * torch.finfo(torch.float64).eps * bound).all())
 
-    found: bool = k.fact("cancels", cancels)
+    found: bool = k.fact("cancels", rounded)
     return found
 
 

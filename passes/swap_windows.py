@@ -57,7 +57,7 @@ def _swapped(m: Meeting) -> Value | None:
     inner, perm = m.inner, m.perm
     sliding = {k for k in range(len(perm)) if isinstance(inner.roles[perm[k]], Window)}
     outer = _single_outputs_contracted(m.outer, sliding)
-    if outer is None or any(not isinstance(inner.roles[perm[k]], (Kept, Window)) for k in _acts(outer)):
+    if outer is None or any(not isinstance(inner.roles[perm[k]], (Kept, Window)) for k in outer.acting):
         return None
     summed = [k for k in outer.contracted if k in sliding]
     slid = [r.src for r in outer.roles if isinstance(r, Window) and r.src in sliding]
@@ -112,11 +112,6 @@ def _swapped(m: Meeting) -> Value | None:
 
     # Then the inner map, on that: it slides over what was slid over, and contracts the axes of taps.
     return inner_on(m, outer, before, place, {k: then for k, (_, then) in pairs.items()})
-
-
-def _acts(outer: Raw) -> set[int]:
-    """The slots that a map does something to."""
-    return {*outer.contracted, *(r.src for r in outer.roles if not isinstance(r, (New, Kept)))}
 
 
 def _source(r: Role) -> int:

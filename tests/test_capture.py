@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import check, draw, randomise, relative_error, run
 from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -738,3 +739,27 @@ def test_torchvision(name: str, options: dict[str, Any], size: int, spatial: boo
         for shape in [(1, 3, size, size), (3, 3, size, size), *([(2, 3, size + 32, size + 64)] if spatial else [])]:
             x = torch.randn(shape)
             assert same(model(x), result(x))
+
+
+class SamePadding(nn.Module):
+    """Sizes through ``int``, as in TensorFlow's padding, and through a helper of another kind: a float that it truncates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = int(x.shape[-2]), int(x.shape[-1])
+        assert isinstance(height, int) and not isinstance(1.5, int)
+        more = [1 if n % 2 == 0 else 2 for n in (height, width)]
+        x = self.bn(self.conv(nn.functional.pad(x, (0, more[1], 0, more[0]))))
+        x = nn.functional.interpolate(x, size=(int(height * 1.5), int(width)))
+        return x.reshape(len(x), 5, -1)
+
+
+def test_int_of_a_size_does_not_fix_it() -> None:
+    out = check(randomise(SamePadding()), draw((2, 3, 12, 8)), sizes=False, ops={"batch_norm": 0})
+    for n, h, w in ((1, 12, 8), (3, 16, 20)):
+        x = draw((n, 3, h, w))
+        assert relative_error(run(out.result, (x,)), run(out.original, (x,))) < 1e-12
+    assert not {"int", "len"} & globals().keys()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._sympy.functions import FloorDiv
 
 import fxconv
-from fxconv.divisible import divisors_said, rewritten
+from fxconv.divisible import divisors_said, rewritten, slices_said
+from fxconv.window import remainder
 
 H, W, N = (sympy.Symbol(s, integer=True, positive=True) for s in "hwn")
 
@@ -34,6 +35,19 @@ SAID = [
 @pytest.mark.parametrize("before, after, facts", SAID)
 def test_divisors_said(before: list[sympy.Expr], after: list[sympy.Expr], facts: set[tuple[sympy.Expr, int]]) -> None:
     assert set(divisors_said(before, after)) == facts
+
+
+def test_slices_said() -> None:
+    even, odd = (N, 3, over(H + 1, 2), over(W, 2)), (N, 3, over(H, 2), over(W + 1, 2))
+    assert set(slices_said([even, odd], 1)) == {(H, 2), (W, 2)}
+    assert slices_said([even, even], 1) == [] and set(slices_said([even, odd], 3)) == {(H, 2)}
+    assert slices_said([(over(H + 2, 3),), (over(H, 3),)], None) == [(H, 3)]
+    assert slices_said([(over(H + 1, 3),), (over(H, 3),)], None) == []  # 3 may divide H − 1
+
+
+def test_remainder() -> None:
+    sizes = {H: (1, 0), 2 * over(H, 2): (2, 0), 4 * over(H, 4) + 3: (4, 3), 6 * H + 4 * over(W, 3) - 1: (2, 1), 7: (1, 0)}
+    assert {size: remainder(size) for size in sizes} == sizes
 
 
 def test_sizes_as_multiples() -> None:
@@ -80,6 +94,25 @@ def test_a_program_keeps_its_sizes() -> None:
     assert "conv2d" in str(result.graph) and "linear" not in str(result.graph)
     for shape in ((1, 3, 16, 8), (3, 3, 8, 20)):
         torch.testing.assert_close(result.module()(draw(shape)), model(draw(shape)))
+
+
+class Focus(nn.Module):
+    """YOLOv5's first layer: every second pixel of an image, four times side by side, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 20, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.cat([x[..., i::2, j::2] for j in (0, 1) for i in (0, 1)], 1))
+
+
+def test_every_second_pixel_of_any_even_size() -> None:
+    out = check(randomise(Focus()), (draw((2, 3, 12, 16)),), ops={"conv": 1, "cat": 0, "slice": 0})
+    with pytest.raises(RuntimeError):
+        out.original(draw((1, 3, 9, 12)))
+    with pytest.raises(AssertionError, match="must be a multiple of 2"):
+        out.result(draw((1, 3, 9, 12)))
 
 
 @pytest.mark.parametrize("spelling", ["plain", "unshuffle"])

@@ -55,7 +55,7 @@ LINEAR: dict[str, tuple[Callable[[], torch.Tensor], set[str], int]] = {
     "slice": (lambda: torch.eye(64)[8:40], {"slice"}, 0),
     "blocks": (lambda: torch.block_diag(*draw(8, 8, 16)), {"conv1d"}, 64 * 16),
     "interleaved_blocks": (interleaved, {"conv1d"}, 64 * 8),
-    "equal_blocks": (lambda: torch.kron(torch.eye(8), draw(6, 10)), {"conv1d"}, 8 * 60),
+    "equal_blocks": (lambda: torch.kron(torch.eye(8), draw(6, 10)), {"linear"}, 8 * 60),
     "mixed_tokens": (lambda: torch.kron(draw(6, 10), torch.eye(8)), {"conv1d"}, 8 * 60),
     "conv1d": (lambda: matrix(lambda x: F.conv1d(x, draw(1, 1, 5), padding=2), 1, 60), {"conv1d"}, 300),
     "conv1d_channels": (
@@ -87,8 +87,8 @@ LINEAR: dict[str, tuple[Callable[[], torch.Tensor], set[str], int]] = {
         lambda: matrix(lambda x: F.conv2d(x, draw(3, 2, 1, 5), stride=(2, 1), padding=(0, 2)), 2, 8, 10), {"conv2d"},
         120 * 10,
     ),
-    "patches2d": (lambda: matrix(lambda x: F.conv2d(x, draw(4, 3, 4, 4), stride=4), 3, 8, 12), {"conv2d"}, 24 * 48),
-    "pooling": (lambda: matrix(lambda x: F.avg_pool2d(x, 2), 3, 8, 8), {"conv2d"}, 48 * 4),
+    "patches2d": (lambda: matrix(lambda x: F.conv2d(x, draw(4, 3, 4, 4), stride=4), 3, 8, 12), {"linear"}, 24 * 48),
+    "pooling": (lambda: matrix(lambda x: F.avg_pool2d(x, 2), 3, 8, 8), {"linear"}, 48 * 4),
     "zero_rows_and_columns": (
         lambda: draw(40, 32) * (torch.arange(32) < 8) * (torch.arange(40) < 10)[:, None], {"slice", "linear", "index_select"},
         11 * 8,

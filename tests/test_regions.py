@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import kinds
+from graphs import graph_of, is_tensor, kinds, name_of
 from helpers import Outcome, check, draw, n_params, randomise, relative_error, run, said
 from torch import nn
 from zoo.exchanges import TABLES as EXCHANGES
@@ -327,6 +327,58 @@ MUST_NOT_FIRE = [
 @pytest.mark.parametrize("capture", ["export", "symbolic"])
 def test_must_not_fire(make: object, shape: tuple[int, ...], expect: dict[str, object], capture: str) -> None:
     check(randomise(make()), (draw(shape),), capture=capture, **expect)
+
+
+@pytest.mark.parametrize("dynamic", [(0,), (0, 2, 3)], ids=["dynamic batch", "dynamic batch, height and width"])
+def test_a_convolution_behind_attention_stays_one_of_images(dynamic: tuple[int, ...]) -> None:
+    """What attention makes has one dim of positions; the convolution of it as an image goes on as one, next to what is added
+    and to the next convolution, without a reshape in between that runtimes can't fuse through (slower on ONNX Runtime)."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.project, self.norm = nn.Conv2d(6, 18, 1), nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.next = nn.Conv2d(6, 9, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            b, c, h, w = x.shape
+            q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+            y = v @ (q.transpose(1, 2) @ k).softmax(1)
+            y = x + self.norm(self.project(y.reshape(b, c, h, w)))
+            return self.next(y.relu())
+
+    model, x = randomise(Attention(), 3).double(), draw((3, 6, 8, 10), 1)
+    result = fxconv.transform(model, x, dynamic_shapes=({d: torch.export.Dim.AUTO for d in dynamic},))
+    assert fxconv.report(result).verified and relative_error(run(result, (x,)), run(model, (x,))) < 1e-12
+    assert not kinds(result)["batch_norm"]
+    nodes = [n for n in graph_of(result).graph.nodes if n.op == "call_function"]
+    (add,) = (n for n in nodes if name_of(n, graph_of(result)) == "add" and is_tensor(n))
+    assert {name_of(i, graph_of(result)) for i in add.all_input_nodes if i.op != "placeholder"} == {"conv2d"}
+    assert {name_of(u, graph_of(result)) for u in add.users if is_tensor(u)} == {"relu"}
+
+
+@pytest.mark.parametrize("verify", ["rollback", "off"])
+def test_a_view_of_a_linear_of_permuted_tokens(verify: str) -> None:
+    """Weights cut out of one parameter at every call are folded, and the Linear then reads tokens in the order of their
+    memory; a reader that views its result needs the order of the original's."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.zeros(36, 12)), nn.Parameter(torch.zeros(36))
+            self.place = nn.Parameter(torch.zeros(12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            b, n, c = x.shape
+            tokens = (x + self.place).permute(1, 0, 2)
+            q, k, v = (nn.functional.linear(tokens, w, b) for w, b in zip(self.weight.chunk(3), self.bias.chunk(3), strict=True))
+            q, k, v = (t.view(n, b * 3, c // 3).transpose(0, 1) for t in (q, k, v))
+            return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    model, x = randomise(Heads(), 3).double(), draw((2, 7, 12), 1)
+    result = fxconv.transform(model, x, verify=verify)
+    assert relative_error(run(result, (x,)), run(model, (x,))) < 1e-12
+    assert not fxconv.report(result).rolled_back and not kinds(result)["constant"]
 
 
 # --- size and time of the search -----------------------------------------------------------------------------------

@@ -141,6 +141,8 @@ def execute(op: Op, x: list[Any], like: torch.Tensor) -> torch.Tensor:
             return torch.channel_shuffle(x[0], a["groups"])
         case "im2col":
             return F.unfold(x[0], a["kernel"], a["dilation"], a["padding"], a["stride"])
+        case "col2im":
+            return F.fold(x[0], like.shape[2:], a["kernel"], a["dilation"], a["padding"], a["stride"])
         case "tensor_unfold":
             return x[0].unfold(a["dim"], a["size"], a["step"])
         case "identity":
@@ -337,6 +339,7 @@ ROWS: list[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]], set[str]]]
     ("pixel_unshuffle", lambda: nn.PixelUnshuffle(2), [IMAGE], {"pixel_unshuffle"}),
     ("channel_shuffle", lambda: nn.ChannelShuffle(3), [IMAGE], {"channel_shuffle"}),
     ("unfold", lambda: nn.Unfold((2, 3), 1, 1, 2), [IMAGE], {"im2col"}),
+    ("fold", lambda: nn.Fold((7, 9), (2, 3), 1, 1, 2), [(2, 30, 20)], {"col2im"}),
     ("Tensor.unfold", lambda: Fn1(lambda m, x: x.unfold(2, 3, 2)), [IMAGE], {"tensor_unfold"}),
     ("activations", lambda: nn.Sequential(nn.ReLU(inplace=False), nn.LeakyReLU(0.2), nn.PReLU(6)), [IMAGE],
      {"relu", "leaky_relu", "prelu"}),
