@@ -77,6 +77,7 @@ class Emitter:
         """
         self.state, self.gm, self.twins = state, gm, twins
         self._copied = set(twins.values())
+        self._movable = {twins[n] for v, n in state.lifter.lifted.producers.items() if state.unchanged(v) and not isinstance(v.node, Leaf)}
         requires_grad = any(p.requires_grad for p in gm.parameters())
         self.writer = Writer(gm, dialect, self._fresh_name, requires_grad)
         self.tensors: dict[Value, tuple[fx.Node, Layout]] = {}
@@ -144,6 +145,7 @@ class Emitter:
         mode = getattr(val, "fake_mode", None)
         if mode is not None:
             w.meta["fake_mode"] = mode
+        self.place = twin
         with self.gm.graph.inserting_before(twin):
             node, layout = self._emit(v)
             if self.state.anchored(v):
@@ -235,7 +237,9 @@ class Emitter:
     def _write(self, v: Value) -> tuple[fx.Node, Layout]:
         state = self.state
         if state.unchanged(v) or isinstance(v.node, Leaf):
-            return self._in_memory_order(v, self.twins[state.lifter.lifted.producers[v]])
+            twin = self.twins[state.lifter.lifted.producers[v]]
+            if self._come_before(twin):
+                return self._in_memory_order(v, twin)
         if isinstance(v.node, Sum):
             return self._emit_sum(v.node)
         if isinstance(v.node, Const):
@@ -251,6 +255,23 @@ class Emitter:
             plan = plan_view(v.node, layout)
             return self._chain(plan.steps, x), plan.layout
         return self._emit_map(v, None)
+
+    def _come_before(self, node: fx.Node) -> bool:
+        """Move a node of the original, with all it reads, in front of what is being written; false where one can't be moved.
+
+        A law may find that it wants what the original computes as well, but further down: pool(conv(x)) beside pool(x).
+        """
+        if node < self.place:
+            return True
+        late = [node]
+        for n in late:
+            # What is written anew already has been placed by where its node stood, and may read what comes after this place.
+            if n is self.place or n not in self._movable:
+                return False
+            late += [a for a in n.all_input_nodes if a not in late and not a < self.place]
+        for n in sorted(late):
+            self.place.prepend(n)
+        return True
 
     def _emit_map(self, v: Value, bias: Const | None) -> tuple[fx.Node, Layout]:
         assert isinstance(v.node, Map)

@@ -296,7 +296,9 @@ def _sizes_after(m: Map, spatial: Sequence[tuple[int, ...]]) -> list[Size]:
 
 
 def _plan_resample(m: Map, layout: Layout) -> list[Plan]:
-    if m.contracted or any(not isinstance(r, (Kept, Resample)) for r in m.roles) or m.kernel.uniform != 1.0:
+    if any(not isinstance(r, (Kept, Resample)) for r in m.roles) or m.kernel.uniform != 1.0:
+        return []
+    if any(m.x.sizes[i] != 1 for i in m.contracted):  # what a selection left of an axis may go by the way
         return []
     roles = {r.src: r for r in m.roles if isinstance(r, Resample)}
     if any(r.kind == PICK for r in roles.values()):

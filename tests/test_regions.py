@@ -381,6 +381,31 @@ def test_a_view_of_a_linear_of_permuted_tokens(verify: str) -> None:
     assert not fxconv.report(result).rolled_back and not kinds(result)["constant"]
 
 
+LATER = {
+    "element": lambda linear, x: (linear(x)[:, 0].relu(), x[:, 0]),
+    "element of an element": lambda linear, x: (linear(x)[:, 1, 2].relu(), x.sin(), x[:, 1, 2]),
+    "rows": lambda linear, x: (linear(x)[:, :, 1:3].relu(), x[:, :, 1:3].sigmoid()),
+    "permuted": lambda linear, x: (linear(x)[:, 0].relu(), (x[:, 0].transpose(-1, -2) * 2).transpose(-1, -2)),
+    "a linear of it": lambda linear, x: (linear(x)[:, 0].relu(), linear(x[:, 0] * 2).tanh()),
+}
+
+
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_rewrite_may_read_what_the_original_computes_later(name: str, capture: str) -> None:
+    """Taking an element before the Linear gives a value that the graph has already, but only behind the Linear."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 5)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return LATER[name](self.linear, x)
+
+    check(randomise(Model()), (draw((2, 3, 4, 7)),), capture=capture, max_macs_ratio=0.67, objective="macs", sizes="spatial")
+
+
 # --- size and time of the search -----------------------------------------------------------------------------------
 
 
