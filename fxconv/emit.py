@@ -77,7 +77,8 @@ class Emitter:
         """
         self.state, self.gm, self.twins = state, gm, twins
         self._copied = set(twins.values())
-        self._movable = {twins[n] for v, n in state.lifter.lifted.producers.items() if state.unchanged(v) and not isinstance(v.node, Leaf)}
+        lifted = state.lifter.lifted.producers.items()
+        self._movable = {twins[n] for v, n in lifted if state.unchanged(v) and not isinstance(v.node, Leaf)}
         requires_grad = any(p.requires_grad for p in gm.parameters())
         self.writer = Writer(gm, dialect, self._fresh_name, requires_grad)
         self.tensors: dict[Value, tuple[fx.Node, Layout]] = {}

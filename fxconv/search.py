@@ -3,7 +3,8 @@
 Best-first search over whole regions exhausts any budget, because independent choices multiply. Instead each value is
 looked at with its neighbourhood: a step that lowers the cost is taken at once; where there is none, steps that cost
 something on the way are tried to a small depth, each followed by the improving steps that it enables, and the best
-outcome is kept. Repeated until nothing changes. Deterministic: values are visited in graph order.
+outcome is kept. Repeated until nothing changes. Deterministic: values are visited in graph order; in a small graph against
+it too, from the same start, and the better of the two is kept.
 
 Networks repeat their blocks: what was found at one value is done again at those like it (`likeness`), by the same route
 and only where it gains as much, without trying what else there is.
@@ -12,7 +13,7 @@ and only where it gains as much, without trying what else there is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fxconv.cost import OBJECTIVES, Price, score, smallest_gain
@@ -27,6 +28,9 @@ from fxconv.state import State
 from fxconv.sums import concatenated
 
 logger = logging.getLogger("fxconv")
+
+SMALL = 16
+"""Values of a graph up to which it is searched from its outputs too, and the better of the two ends kept."""
 
 LAUNCH_WORTH = 40.0
 """Microseconds that every additional operator must gain: in eager mode LeViT got slower by steps that predicted 24 each."""
@@ -104,15 +108,30 @@ WEIGHED = frozenset(("compose", "merge branches", "distribute", "commute", "merg
 
 
 @dataclass
+class Records:
+    """What a search did and did not do.
+
+    Attributes:
+        refusals: what laws refused, by value, law and reason.
+        applied: per value, the laws that made it what it is.
+        untaken: per value, what was legal and did not pay.
+        taken: the steps that were taken, in order.
+    """
+
+    refusals: dict[tuple[int, str, str], Missed] = field(default_factory=dict)
+    applied: dict[Value, list[str]] = field(default_factory=dict)
+    untaken: dict[Value, dict[str, Missed]] = field(default_factory=dict)
+    taken: list[Step] = field(default_factory=list)
+
+
+@dataclass
 class Search:
     """One search over a state."""
 
     state: State
     laws: Sequence[Law]
     budget: Budget = field(default_factory=Budget)
-    refusals: dict[tuple[int, str, str], Missed] = field(default_factory=dict)
-    applied: dict[Value, list[str]] = field(default_factory=dict)
-    untaken: dict[Value, dict[str, Missed]] = field(default_factory=dict)
+    _records: Records = field(default_factory=Records)
     _tried: list[Trial] = field(default_factory=list)
     _path: set[Value] = field(default_factory=set)
     _trials: int = 0
@@ -136,21 +155,52 @@ class Search:
             lambda v: state.uses.get(v, 0), state.users_of, state.model.count, lambda v: v in state.folding and state.unchanged(v)
         )
 
+    @property
+    def refusals(self) -> dict[tuple[int, str, str], Missed]:
+        return self._records.refusals
+
+    @property
+    def applied(self) -> dict[Value, list[str]]:
+        return self._records.applied
+
+    @property
+    def untaken(self) -> dict[Value, dict[str, Missed]]:
+        return self._records.untaken
+
     def run(self) -> None:
         """Rewrite until no value has a step that pays."""
         # Not relative to a score with penalties for what the target forbids: all that merging saves would vanish beside them.
         self._noise = 1e-9 * score(self.state.honest_total(), self.state.objective)
         self._at_first = self.state.total.macs
-        laws = self.laws
-        self.laws = [law for law in laws if not law.late]
-        self._run([v for v in self._order() if not isinstance(v.node, (Leaf, Const))])
-        late, self.laws = [law for law in laws if law.late], laws
-        if late:
-            self._run([v for v in self._order() if any(not isinstance(o, Refusal) for w in late for o in w(v, self.context))])
+        start = self.state.mark()
+        self._attempt(lambda values: values)
+        if sum(not isinstance(v.node, (Leaf, Const)) for v in self.state.originals) <= SMALL:
+            # Where steps exclude each other the first one taken decides, so that the way in decides.
+            forwards, reached, launches = self._records, self.state.score(), self.state.total.launches
+            self.state.undo(start)
+            self._records = Records()
+            self._attempt(lambda values: values[::-1])
+            gained, more = reached - self.state.score(), self.state.total.launches - launches
+            if gained <= max(smallest_gain(self.state.objective), self._noise) or self._doubtful(gained, more):
+                self.state.undo(start)
+                for x, new, _ in forwards.taken:
+                    self._set(x, new)
+                self._records = forwards
         for v, by_law in self.untaken.items():
             if v in self.state.uses:
                 for law, missed in by_law.items():
                     self.refusals.setdefault((v.id, law, "does not pay"), missed)
+
+    def _attempt(self, ordered: Callable[[list[Value]], list[Value]]) -> None:
+        """The search of the whole graph from where it stands, values visited in the given order of theirs."""
+        laws = self.laws
+        self.laws = [law for law in laws if not law.late]
+        self._run(ordered([v for v in self._order() if not isinstance(v.node, (Leaf, Const))]))
+        late, self.laws = [law for law in laws if law.late], laws
+        if late:
+            self._run(
+                ordered([v for v in self._order() if any(not isinstance(o, Refusal) for w in late for o in w(v, self.context))])
+            )
 
     def _run(self, queue: list[Value]) -> None:
         queued = set(queue)
@@ -280,6 +330,7 @@ class Search:
             state.undo(mark)
             self.applied.update(applied)
             return [], 0.0
+        self._records.taken += steps
         return touched, gained
 
     def _doubtful(self, gained: float, more: float) -> bool:
@@ -325,13 +376,16 @@ class Search:
         return out
 
     def _step(self, x: Value, new: Value | None, law: str) -> list[Value]:
+        self._set(x, new)
         if new is None:
-            self.state.revert(x)
             self.applied.pop(x, None)
         else:
-            self.state.redefine(x, new)
             self.applied.setdefault(x, []).append(law)
         return [x, *self._made(x)]
+
+    def _set(self, x: Value, new: Value | None) -> bool:
+        """Redefine a value, as what it was in the original graph for None; whether that changes anything."""
+        return self.state.revert(x) if new is None else self.state.redefine(x, new)
 
     def _made(self, x: Value) -> list[Value]:
         """Values below x that the original graph does not compute, nearest first."""
@@ -450,7 +504,7 @@ class Search:
         changed = False
         for x, new, law in steps:
             try:
-                changed |= self.state.revert(x) if new is None else self.state.redefine(x, new)
+                changed |= self._set(x, new)
             except Exception as error:  # the model comes out right without this step, and the report says so
                 logger.warning("what the law %r proposes raised at %s", law, x, exc_info=True)
                 reason = f"what the law proposes raised {type(error).__name__}: {error}"
