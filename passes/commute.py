@@ -70,36 +70,33 @@ def exchange(m: Meeting) -> Value | None:
         moves.add(k)
     if not outer.acting and outer.kernel.uniform is None:
         return None  # a number acts on no axis, and still changes places
-    # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over.
-    first_roles: list[Role] = []
-    place: dict[tuple[str, int], int] = {}
-    kernel_axes: list[int] = []
+    # First the outer map, on the inner one's input: kept slots of the inner map carry its roles over. They come in the order
+    # of that input, as they would had the model computed this there, which then is the same value.
     outer_axes = {key: i for i, key in enumerate(outer.axes())}
+    columns = sorted((source(inner.roles[perm[k]]), outer_axes["in", k]) for k in outer.contracted)
+    slots: list[tuple[int, tuple[str, int], Role]] = [(i, ("in", i), Kept(i)) for i in inner.contracted]
     for z, r in enumerate(outer.roles):
         if isinstance(r, New):
-            place["out", z] = len(first_roles)
-            first_roles.append(r)
-            kernel_axes.append(outer_axes["out", z])
+            slots.append((columns[0][0] if columns else len(inner.in_sizes), ("out", z), r))
             continue
         r1 = inner.roles[perm[r.src]]
-        if isinstance(r1, New):
-            continue
-        place["out", z] = len(first_roles)
-        first_roles.append(moved(r, r1.src) if isinstance(r1, Kept) or r.src in moves else Kept(r1.src))
-        if ("out", z) in outer_axes:
-            kernel_axes.append(outer_axes["out", z])
-    for i in inner.contracted:
-        place["in", i] = len(first_roles)
-        first_roles.append(Kept(i))
-    columns = []
-    for k in outer.contracted:
-        r1 = inner.roles[perm[k]]
-        assert isinstance(r1, Kept)
-        columns.append((r1.src, outer_axes["in", k]))
-    kernel_axes += [axis for _, axis in sorted(columns)]
+        if not isinstance(r1, New):
+            stays = r.src in moves or isinstance(r1, Kept)
+            slots.append((r1.src, ("out", z), moved(r, r1.src) if stays else Kept(r1.src)))
+    slots.sort(key=lambda slot: slot[0])
+    place = {key: i for i, (_, key, _) in enumerate(slots)}
+    kernel_axes = [outer_axes[key] for _, key, _ in slots if key in outer_axes and key[0] == "out"]
+    kernel_axes += [axis for _, axis in columns]
+    first_roles = [r for _, _, r in slots]
     base = as_value(split_view(m.x, m.in_splits))
     first = normal(base, first_roles, kernels.permute(kernel, kernel_axes))
     return inner_on(replace(m, inner=inner), outer, first, place)
+
+
+def source(r: Role) -> int:
+    """The input slot that an output slot was."""
+    assert not isinstance(r, New)
+    return r.src
 
 
 def _selected_scale(outer: Raw, k: int, inner: Raw, axis: int) -> Raw | None:

@@ -30,7 +30,7 @@ from fxconv.expr import Kept, Map, New, Resample, Role, Value, Window, is_select
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome, mapped_operand
 from fxconv.normal_form import normal
-from fxconv.passes.commute import inner_on
+from fxconv.passes.commute import inner_on, source
 from fxconv.raw import Raw, as_value, densify_resampling, moved, places
 from fxconv.window import Filter, cascade
 
@@ -106,17 +106,12 @@ def _swapped(m: Meeting) -> Value | None:
         r1 = inner.roles[perm[k]]
         assert isinstance(r1, Window)
         put(("tap", k), New(r1.filter.taps))
-    columns = sorted((_source(inner.roles[perm[k]]), axis["in", k]) for k in outer.contracted)
+    columns = sorted((source(inner.roles[perm[k]]), axis["in", k]) for k in outer.contracted)
     base = as_value(split_view(m.x, m.in_splits))
     before = normal(base, first, kernels.permute(kernel, [*order, *(a for _, a in columns)]))
 
     # Then the inner map, on that: it slides over what was slid over, and contracts the axes of taps.
     return inner_on(m, outer, before, place, {k: then for k, (_, then) in pairs.items()})
-
-
-def _source(r: Role) -> int:
-    assert not isinstance(r, New)
-    return r.src
 
 
 def _single_outputs_contracted(outer: Raw, sliding: set[int]) -> Raw | None:

@@ -406,6 +406,22 @@ def test_a_rewrite_may_read_what_the_original_computes_later(name: str, capture:
     check(randomise(Model()), (draw((2, 3, 4, 7)),), capture=capture, max_macs_ratio=0.67, objective="macs", sizes="spatial")
 
 
+@pytest.mark.parametrize("pool", [torch.nn.AvgPool2d(2), torch.nn.AvgPool2d((3, 2), (2, 1)), torch.nn.AdaptiveAvgPool2d((2, 3))])
+def test_a_pool_behind_and_beside_a_convolution_is_one_pool(pool: nn.Module) -> None:
+    """The convolution changes places with the pool, which then computes what the model computes as well."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.pool = nn.Conv2d(6, 24, 1), pool
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.pool(self.wide(x)).relu(), self.pool(x).tanh()
+
+    result = check(randomise(Beside()), (draw((2, 6, 12, 14)),), max_macs_ratio=0.5).result
+    assert kinds(result)["avg_pool"] + kinds(result)["mean"] == 1
+
+
 # --- size and time of the search -----------------------------------------------------------------------------------
 
 
