@@ -318,6 +318,10 @@ def _max_pool(lifter: Lifter, node: fx.Node, op: Op) -> Ref:
     return Ref(out, dims)
 
 
+ANYWHERE = ("relu", "leaky_relu", "elementwise")
+"""Functions of one element each."""
+
+
 class Nonlinear:
     """An operator to write again: its node, and how the operand's slots group into the dims that it expects.
 
@@ -341,6 +345,17 @@ class Nonlinear:
     def name(self) -> str:
         return self.op.name
 
+    @property
+    def any_operand(self) -> bool:
+        """Whether it is applied to every element by itself, so that it may be applied to any tensor."""
+        return self.op.name in ANYWHERE
+
+    def alike(self, other: Any) -> bool:
+        """Whether another one is the same function of an element."""
+        return (
+            self.any_operand and isinstance(other, Nonlinear) and (self.op.name, self.op.attrs) == (other.op.name, other.op.attrs)
+        )
+
     def with_dims(self, dims: tuple[tuple[int, ...], ...]) -> Nonlinear:
         """The operator on an operand with its slots in another order."""
         return Nonlinear(self.node, self.op, dims, self.any_layout)
@@ -348,7 +363,7 @@ class Nonlinear:
     def _arranged(self, x: Value, layout: Layout) -> Chain:
         """The operand in the dims that the operator expects; an activation takes any."""
         chain = Chain(x.sizes, layout)
-        if self.op.name not in ("relu", "leaky_relu", "elementwise"):
+        if self.op.name not in ANYWHERE:
             chain.to(self.dims)
         return chain
 

@@ -29,6 +29,7 @@ class Norm:
 
     homogeneous = False
     any_layout = False
+    any_operand = False
 
     def __init__(self, node: fx.Node, op: Op, dims: tuple[tuple[int, ...], ...]) -> None:
         self.node, self.op, self.dims = node, op, dims

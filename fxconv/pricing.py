@@ -21,6 +21,7 @@ from fxconv.expr import (
     Sum,
     Value,
     View,
+    Window,
     has_resample,
     is_multiple,
     is_selection,
@@ -311,7 +312,9 @@ class PricedValues(Values):
             self.layouts[v] = tuple((i,) for i in range(v.rank))
             return IMPOSSIBLE
         self.layouts[v] = found.layout
-        return found.price if found.sliced is None else found.price + self._copies(v, *found.sliced)
+        if found.sliced is None:
+            return found.price
+        return found.price + self._copies(v, *found.sliced) + self._unblocked(v, found.sliced[0])
 
     def _original_price(self, v: Value) -> Price:
         """What v costs as the original graph computes it; a slice, with the copies that its readers make, whoever they are now."""
@@ -384,6 +387,22 @@ class PricedValues(Values):
         if found.contiguous:
             return self.model.price(Step("copy", step.shape, step.shape))
         return self._copies_by(found.copies, step)
+
+    def _unblocked(self, v: Value, step: Step) -> Price:
+        """What it costs to take some of a convolution's channels: runtimes keep those in blocks, and copy to cut them."""
+        node = v.node
+        assert isinstance(node, (Map, View))
+        if isinstance(node, View) or not is_selection(node):
+            return Price()
+        cut = {r.src for r in node.roles if isinstance(r, Window)}
+        x = node.x.node.x if isinstance(node.x.node, Apply) else node.x
+        terms = [t for t in operands(x.node) if isinstance(t.node, Map)] if isinstance(x.node, Sum) else [x]
+        for t in terms:
+            if isinstance(t.node, Map) and any(isinstance(t.node.roles[s], New) for s in cut):
+                plan = self.best_plan(t)
+                if plan is not None and any(s.kind == "conv" for s in plan.steps):
+                    return self._copies_by(2, step)  # out of blocks, and into them
+        return Price()
 
     def _copies_by(self, readers: int, step: Step) -> Price:
         """What it costs that readers copy a slice before they compute."""

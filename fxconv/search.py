@@ -497,7 +497,9 @@ class Search:
         margin = next((law.margin for law in self.laws if law.name == steps[0][2]), 0.0)
         if not margin or state.objective != "latency":
             return 0.0
-        return margin * sum(score(state.prices.get(x, Price()), "latency") for x, _, _ in steps)
+        replaced = [x for x, _, _ in steps]
+        replaced += [x.node.x for x in replaced if isinstance(x.node, Apply)]  # which goes with the function
+        return margin * sum(score(state.prices.get(x, Price()), "latency") for x in replaced)
 
     def _redefine(self, steps: Sequence[Step]) -> bool:
         """Take steps for a trial; False where they change nothing, or can't be priced: the caller takes them back."""

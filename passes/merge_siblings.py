@@ -6,6 +6,9 @@ up; sibling 1×1 convolutions of an Inception block.
 Exact always. Wants the same windows, strides and kept axes, one axis of rows, and no groups (the rows of a grouped
 convolution are spread over the groups, and a slice of them is no view).
 
+Where the siblings are read by the same elementwise function each, it is applied once, in front of the split: runtimes then
+still compute it in the map's operator, and a slice of its result is as good.
+
 Costs a slice per sibling, and a copy for each reader that needs its operand contiguous; saves launches and readings of x.
 Only all siblings together pay, so they are redefined in one step, and late: a slice of a shared map hides the map from
 the other laws.
@@ -13,12 +16,12 @@ the other laws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
 from fxconv.axes import is_static
-from fxconv.expr import Const, Kept, Map, New, Resample, Role, Shared, Sum, Value, View, Window, is_selection
+from fxconv.expr import Apply, Const, Kept, Map, New, Resample, Role, Shared, Sum, Value, View, Window, is_selection
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Joint, Law, Outcome
 from fxconv.refs import make_sum
@@ -139,8 +142,31 @@ def _siblings(m: Map, context: Context) -> list[Sibling]:
     return sorted(found.values(), key=lambda s: s.value.id)
 
 
-def stack(siblings: list[Sibling]) -> Joint:
-    """The siblings as slices of one map."""
+def _activation(s: Sibling, context: Context) -> Value | None:
+    """The elementwise function that alone reads a sibling, if there is one."""
+    users = context.users(s.value)
+    if len(users) != 1 or context.uses(s.value) != 1:
+        return None
+    node = users[0].node
+    return users[0] if isinstance(node, Apply) and node.x is s.value and node.op.any_operand else None
+
+
+def _activated(siblings: list[Sibling], context: Context) -> Joint | None:
+    """The siblings' activations as slices of one, of the siblings as one map; None where they are not all the same."""
+    found = [u for s in siblings if (u := _activation(s, context)) is not None]
+    functions = [u.node for u in found if isinstance(u.node, Apply)]
+    if len(found) < len(siblings) or not all(f.op.alike(functions[0].op) for f in functions):
+        return None
+    first = functions[0]
+
+    def applied(stacked: Value) -> Value:
+        return Value(Apply(stacked, first.op, stacked.sizes, first.kept, first.shifts))
+
+    return _stack(siblings, found, applied)
+
+
+def _stack(siblings: list[Sibling], values: list[Value], then: Callable[[Value], Value]) -> Joint:
+    """The values as slices of what ``then`` makes of the siblings as one map."""
     first = siblings[0].map
     row = _row(first)
     assert row is not None
@@ -153,15 +179,28 @@ def stack(siblings: list[Sibling]) -> Joint:
         parts = [s.bias if s.bias is not None else kernels.uniform((n,), 0.0) for s, n in zip(siblings, sizes, strict=True)]
         varies = tuple(o == row for o in range(len(roles)))
         stacked = make_sum([stacked, Value(Const(stacked.sizes, varies, kernels.concatenate(parts, 0)))])
+    stacked = then(stacked)
     pairs: list[tuple[Value, Value]] = []
     start = 0
-    for s, size in zip(siblings, sizes, strict=True):
+    for value, size in zip(values, sizes, strict=True):
         slices: list[Role] = [
             Window(o, selection_filter(start, total, size), size) if o == row else Kept(o) for o in range(len(roles))
         ]
-        pairs.append((s.value, Value(Map(stacked, tuple(slices), kernels.uniform((1,), 1.0)))))
+        pairs.append((value, Value(Map(stacked, tuple(slices), kernels.uniform((1,), 1.0)))))
         start += size
     return Joint(tuple(pairs))
+
+
+def stack(siblings: list[Sibling]) -> Joint:
+    """The siblings as slices of one map."""
+    return _stack(siblings, [s.value for s in siblings], lambda stacked: stacked)
+
+
+def _merged(siblings: list[Sibling], context: Context) -> Iterator[Joint]:
+    activated = _activated(siblings, context)
+    if activated is not None:
+        yield activated
+    yield stack(siblings)
 
 
 def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
@@ -185,10 +224,10 @@ def _merge_siblings(v: Value, context: Context) -> Iterator[Outcome]:
         row = _row(merged)
         if row is None or sum(_size(s.map, row) for s in siblings) >= _size(merged, row):
             return
-    yield stack(siblings)
+    yield from _merged(siblings, context)
     if 2 < len(siblings) <= MOST_LEFT_OUT:
         for left_out in siblings:
-            yield stack([s for s in siblings if s is not left_out])
+            yield from _merged([s for s in siblings if s is not left_out], context)
 
 
 law = Law("merge siblings", _merge_siblings, late=True, margin=0.1)

@@ -422,6 +422,25 @@ def test_a_pool_behind_and_beside_a_convolution_is_one_pool(pool: nn.Module) -> 
     assert kinds(result)["avg_pool"] + kinds(result)["mean"] == 1
 
 
+@pytest.mark.parametrize("capture", ["export", "symbolic"])
+@pytest.mark.parametrize(("second", "activations"), [("relu", 1), ("leaky_relu", 2)])
+def test_siblings_with_the_same_activation_are_one_convolution_with_one(second: str, activations: int, capture: str) -> None:
+    """A split in front of the activations would keep runtimes from computing them in the convolution."""
+
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(6, n, 1) for n in (5, 9, 4))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            a, b, c = (conv(x) for conv in self.convs)
+            return a.relu().sin(), getattr(nn.functional, second)(b).cos(), c.relu().tanh()
+
+    out = check(randomise(Siblings()), (draw((2, 6, 8, 10)),), capture=capture, objective="launches", ops={"conv": 1})
+    names = [name_of(n, graph_of(out.result)) for n in graph_of(out.result).graph.nodes if is_tensor(n)]
+    assert sum(str(name).rstrip("_") in ("relu", "leaky_relu") for name in names) == activations, names
+
+
 # --- size and time of the search -----------------------------------------------------------------------------------
 
 
