@@ -63,7 +63,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     use_args, use_kwargs = shapes.doubled(args, kwargs, _given(plan)) if plan.double else (args, kwargs)
     use_args, use_kwargs = shapes.distinct(use_args, use_kwargs)
     try:
-        program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, free=plan.free)
+        program = run_export(model, use_args, use_kwargs, plan.dynamic, free=plan.free)
     except NotImplementedError:
         # sympy, asked to solve (h // 32) = 1, which a feature map that is one element high asks.
         images = shapes.image_dims((use_args, use_kwargs))
@@ -78,7 +78,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if larger is not None:
             program, pinned = larger, set()
         elif pinned:
-            program = run_export(structural_copy(model), use_args, use_kwargs, plan.dynamic, pinned, plan.free)
+            program = run_export(model, use_args, use_kwargs, plan.dynamic, pinned, plan.free)
     frozen = frozen_reason(model)
     captured = unlifted(program, flat=False)
     gm, layout = captured.gm, captured.layout
@@ -116,7 +116,7 @@ def _given(plan: Plan) -> Any:
 
 
 def run_export(
-    twin: nn.Module,
+    model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic: Any,
@@ -129,7 +129,7 @@ def run_export(
         if pinned:
             spec = _without_dims(spec, pinned)
         given: Any = (*spec["args"], *spec["kwargs"].values())
-        given = _by_name(twin, args, kwargs, given)
+        given = _by_name(model, args, kwargs, given)
     else:
         given = None if dynamic == "none" else dynamic
 
@@ -137,7 +137,7 @@ def run_export(
         budget = _Budget() if dynamic == "all" else contextlib.nullcontext()
         # A failed export prints the graph that it has so far to stderr.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), asked() as found, symbolic_int(namespaces), budget:
-            program = torch.export.export(structural_copy(twin), args, kwargs or None, dynamic_shapes=given, strict=False)
+            program = torch.export.export(structural_copy(model), args, kwargs or None, dynamic_shapes=given, strict=False)
         return program, found
 
     program, found = export({})
@@ -186,7 +186,7 @@ def _export_larger(
     for factor in (2, 4):
         try:
             more_args, more_kwargs = shapes.enlarged(args, kwargs, pinned, factor)
-            program = run_export(structural_copy(model), more_args, more_kwargs, plan.dynamic, free=plan.free)
+            program = run_export(model, more_args, more_kwargs, plan.dynamic, free=plan.free)
         except Exception:
             return None
         sizes = _input_sizes(program)

@@ -180,11 +180,9 @@ class Emitter:
 
     def _strided_for_views(self, v: Value, node: fx.Node, layout: Layout, original: fx.Node) -> fx.Node:
         """The tensor, copied where it comes in another order than the original's and a reader takes a view that needs that."""
-        memory, dims = self.state.originals[v].memory, self.state.originals[v].layout
-        if slot_order(layout, v) == slot_order(memory, v) or not read_as_view(original):
+        if slot_order(layout, v) == slot_order(self.state.originals[v].memory, v) or not read_as_view(original):
             return node
-        order = [dims.index(g) for g in memory if g]
-        order = [*order, *(d for d in range(len(dims)) if d not in order)] if memory != dims else list(range(len(dims)))
+        order = self._stride_order(v)
         shape = tuple(as_size(s) for s in node.meta["val"].shape)
         permuted = tuple(shape[d] for d in order)
         node = self.writer.write(Step("permute", shape, permuted, attrs={"dims": tuple(order)}), node)
@@ -192,14 +190,21 @@ class Emitter:
         back = tuple(order.index(d) for d in range(len(order)))
         return self.writer.write(Step("permute", permuted, shape, attrs={"dims": back}), node)
 
+    def _stride_order(self, v: Value) -> list[int]:
+        """The dims of the original's tensor in the order of its strides, those without slots last."""
+        original = self.state.originals[v]
+        dims = list(original.layout)
+        if original.memory == original.layout:
+            return list(range(len(dims)))
+        order = [dims.index(g) for g in original.memory if g]
+        return order + [d for d in range(len(dims)) if d not in order]
+
     def _in_memory_order(self, v: Value, node: fx.Node) -> tuple[fx.Node, Layout]:
         """A tensor of the original graph with its dims in the order of its strides: a view, and contiguous."""
         original = self.state.originals[v]
         if original.memory == original.layout or self.state.layout(v) != original.memory:
             return node, original.layout
-        dims = list(original.layout)
-        order = [dims.index(g) for g in original.memory]
-        order += [d for d, g in enumerate(dims) if not g]
+        order = self._stride_order(v)
         shape = tuple(as_size(s) for s in node.meta["val"].shape)
         permuted = tuple(shape[d] for d in order)
         node = self.writer.write(Step("permute", shape, permuted, attrs={"dims": tuple(order)}), node)

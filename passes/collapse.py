@@ -28,13 +28,8 @@ BASES = 2
 """How many values, the nearest ones, everything is told as a map of."""
 
 
-def _bases(v: Value) -> list[Value]:
+def _bases(v: Value, near: list[Value]) -> list[Value]:
     """The values that every path from v leads through, nearest first, once paths have parted and met again."""
-    if isinstance(v.node, (Leaf, Apply, Const)):
-        return []
-    near = _near(v)
-    if near is None:
-        return []
     place = {x: i for i, x in enumerate(near)}
     found: list[Value] = []
     frontier, parted = {v}, False
@@ -141,11 +136,10 @@ def _added(terms: list[Value], base: Value) -> tuple[Value, ...] | None:
 
 
 def _collapse(v: Value, context: Context) -> Iterator[Outcome]:
-    bases = _bases(v)
-    near = _near(v) if bases else None
+    near = None if isinstance(v.node, (Leaf, Apply, Const)) else _near(v)
     if near is None:
         return
-    for base in bases:
+    for base in _bases(v, near):
         told = _told(v, base, near)
         if told is not None:
             yield told

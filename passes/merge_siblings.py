@@ -16,7 +16,7 @@ the other laws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fxconv import kernel as kernels
@@ -151,22 +151,15 @@ def _activation(s: Sibling, context: Context) -> Value | None:
     return users[0] if isinstance(node, Apply) and node.x is s.value and node.op.any_operand else None
 
 
-def _activated(siblings: list[Sibling], context: Context) -> Joint | None:
-    """The siblings' activations as slices of one, of the siblings as one map; None where they are not all the same."""
+def _activations(siblings: list[Sibling], context: Context) -> list[Value]:
+    """The functions that read the siblings, where each is read by one and all are the same; empty otherwise."""
     found = [u for s in siblings if (u := _activation(s, context)) is not None]
-    functions = [u.node for u in found if isinstance(u.node, Apply)]
-    if len(found) < len(siblings) or not all(f.op.alike(functions[0].op) for f in functions):
-        return None
-    first = functions[0]
-
-    def applied(stacked: Value) -> Value:
-        return Value(Apply(stacked, first.op, stacked.sizes, first.kept, first.shifts))
-
-    return _stack(siblings, found, applied)
+    functions = [u.node.op for u in found if isinstance(u.node, Apply)]
+    return found if len(found) == len(siblings) and all(f.alike(functions[0]) for f in functions) else []
 
 
-def _stack(siblings: list[Sibling], values: list[Value], then: Callable[[Value], Value]) -> Joint:
-    """The values as slices of what ``then`` makes of the siblings as one map."""
+def stack(siblings: list[Sibling], activations: list[Value] | None = None) -> Joint:
+    """The siblings as slices of one map; or the activations that read them, as slices of one activation of it."""
     first = siblings[0].map
     row = _row(first)
     assert row is not None
@@ -179,10 +172,11 @@ def _stack(siblings: list[Sibling], values: list[Value], then: Callable[[Value],
         parts = [s.bias if s.bias is not None else kernels.uniform((n,), 0.0) for s, n in zip(siblings, sizes, strict=True)]
         varies = tuple(o == row for o in range(len(roles)))
         stacked = make_sum([stacked, Value(Const(stacked.sizes, varies, kernels.concatenate(parts, 0)))])
-    stacked = then(stacked)
+    if activations and isinstance(f := activations[0].node, Apply):
+        stacked = Value(Apply(stacked, f.op, stacked.sizes, f.kept, f.shifts))
     pairs: list[tuple[Value, Value]] = []
     start = 0
-    for value, size in zip(values, sizes, strict=True):
+    for value, size in zip(activations or [s.value for s in siblings], sizes, strict=True):
         slices: list[Role] = [
             Window(o, selection_filter(start, total, size), size) if o == row else Kept(o) for o in range(len(roles))
         ]
@@ -191,15 +185,9 @@ def _stack(siblings: list[Sibling], values: list[Value], then: Callable[[Value],
     return Joint(tuple(pairs))
 
 
-def stack(siblings: list[Sibling]) -> Joint:
-    """The siblings as slices of one map."""
-    return _stack(siblings, [s.value for s in siblings], lambda stacked: stacked)
-
-
 def _merged(siblings: list[Sibling], context: Context) -> Iterator[Joint]:
-    activated = _activated(siblings, context)
-    if activated is not None:
-        yield activated
+    if activations := _activations(siblings, context):
+        yield stack(siblings, activations)
     yield stack(siblings)
 
 
