@@ -228,7 +228,14 @@ def _rearranged(p: Part, layout: Layout, sizes: tuple[Size, ...], layout_of: Cal
 
 
 def _with_own_dim(layout: Layout, slot: int) -> Layout:
-    return _cut(layout, {slot}) if all(g != (slot,) for g in layout) else layout
+    """The layout with a slot in a dim of its own; one that no dim names, as its size was 1, in such a dim if there is one."""
+    if (slot,) in layout:
+        return layout
+    if not any(slot in g for g in layout):
+        for d, g in enumerate(layout):
+            if not g and all(s < slot for h in layout[:d] for s in h) and all(s > slot for h in layout[d + 1 :] for s in h):
+                return (*layout[:d], (slot,), *layout[d + 1 :])
+    return _cut(layout, {slot})
 
 
 def _cut(layout: Layout, slots: set[int]) -> Layout:

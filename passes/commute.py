@@ -153,4 +153,5 @@ def _gathered(k: kernels.Kernel, axis: int, source: slice, target: slice, size: 
     return kernels.placed(taken, axis, size, target.start, target.step)
 
 
-law = Law("commute", _commute)
+# An activation that a runtime computed within the convolution may be computed by itself now: behind a pool, or a resampling.
+law = Law("commute", _commute, margin=0.05)

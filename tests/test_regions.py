@@ -422,6 +422,52 @@ def test_a_pool_behind_and_beside_a_convolution_is_one_pool(pool: nn.Module) -> 
     assert kinds(result)["avg_pool"] + kinds(result)["mean"] == 1
 
 
+def test_a_pool_in_front_of_a_convolution_with_its_activation_stays_there() -> None:
+    """Behind it the pool would be smaller, but the shift and the ReLU could no longer be computed in the convolution."""
+
+    class PoolProjection(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.conv = nn.AvgPool2d(3, 1, 1), nn.Conv2d(96, 64, 1, bias=False)
+            self.bn = nn.BatchNorm2d(64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.conv(self.pool(x))).relu()
+
+    check(randomise(PoolProjection()), (draw((1, 96, 17, 15)),), before=("avg_pool", "conv"), ops={"batch_norm": 0, "add": 0})
+
+
+def test_the_half_of_shuffled_channels_is_sliced() -> None:
+    """As a selection of channels before the shuffle it takes as many operators, and a runtime shuffles and slices faster."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(24, 24, 1, bias=False), nn.BatchNorm2d(24)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            both = torch.cat((x.relu(), y.relu()), 1)
+            shuffled = both.view(-1, 2, 24, *both.shape[2:]).transpose(1, 2).contiguous().view(both.shape)
+            kept, computed = shuffled.chunk(2, dim=1)
+            return torch.cat((kept, self.bn(self.conv(computed)).relu()), 1)
+
+    inputs = draw((1, 24, 28, 26)), draw((1, 24, 28, 26), 1)
+    result = check(randomise(Unit()), inputs, ops={"conv": 1, "batch_norm": 0}).result
+    assert "index_select" not in str(result.graph)
+
+
+def test_single_elements_are_concatenated_where_they_are() -> None:
+    """A dim of size 1 has a place in memory that no stride tells: it is the one that is concatenated along."""
+
+    class Grid(nn.Module):
+        def forward(self, points: torch.Tensor) -> torch.Tensor:
+            x, y = points.split([1, 1], dim=-1)
+            return torch.cat((x.tanh() - 1, y.tanh() - 3), dim=-1).relu()
+
+    result = check(Grid(), (draw((6, 7, 5, 2)),), ops={"cat": 1, "add+sub": 1}).result
+    assert "reshape" not in str(result.graph) and "view" not in str(result.graph)
+
+
 @pytest.mark.parametrize("capture", ["export", "symbolic"])
 @pytest.mark.parametrize(("second", "activations"), [("relu", 1), ("leaky_relu", 2)])
 def test_siblings_with_the_same_activation_are_one_convolution_with_one(second: str, activations: int, capture: str) -> None:
