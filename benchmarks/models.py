@@ -6,9 +6,10 @@ ONNX Runtime, on top of OpenVINO.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,43 @@ def _segformer() -> nn.Module:
     return Logits(SegformerForSemanticSegmentation(SegformerConfig()))
 
 
+class FusedHead(nn.Module):
+    """A SegFormer decode head with each stage's projection, its part of the fusing convolution and the BatchNorm in one
+    1×1 convolution, computed before the upsampling: interpolation weights sum to one, so biases pass it unchanged."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        with torch.no_grad():
+            norm, fuse = head.batch_norm, head.linear_fuse.weight.detach().double()[:, :, 0, 0]
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            # The head concatenates its stages last to first.
+            parts = fuse.mul(scale[:, None]).chunk(len(head.linear_projections), dim=1)[::-1]
+            bias = norm.bias.double() - scale * norm.running_mean.double()
+            self.stages = nn.ModuleList()
+            for part, projection in zip(parts, head.linear_projections, strict=True):
+                stage = nn.Conv2d(projection.proj.in_features, len(scale), 1, bias=not self.stages)
+                stage.weight.copy_((part @ projection.proj.weight.double())[:, :, None, None])
+                bias = bias + part @ projection.proj.bias.double()
+                self.stages.append(stage)
+            self.stages[0].bias.copy_(bias)
+        self.classifier = head.classifier
+
+    def forward(self, encoder_hidden_states: tuple[Tensor, ...], **_: Any) -> Tensor:
+        """The encoder's stages, [N, C, H, W] each, largest first → logits at the first one's size."""
+        first, *others = (stage(x) for stage, x in zip(self.stages, encoder_hidden_states, strict=True))
+        total: Tensor = first
+        for y in others:
+            total = total + nn.functional.interpolate(y, size=first.shape[2:], mode="bilinear", align_corners=False)
+        logits: Tensor = self.classifier(torch.relu(total))
+        return logits
+
+
+def _fused_segformer(model: nn.Module) -> nn.Module:
+    twin: Any = copy.deepcopy(model)
+    twin.model.decode_head = FusedHead(twin.model.decode_head)
+    return cast(nn.Module, twin.eval())
+
+
 def _vgg() -> nn.Module:
     import torchvision
 
@@ -100,7 +138,7 @@ IMAGE = (1, 3, 224, 224)
 
 MODELS: dict[str, Entry] = {
     "mobileone_s0": Entry(_timm("mobileone_s0"), IMAGE, _goals(5.5, 3.6, 3.4)),
-    "segformer_b0": Entry(_segformer, (1, 3, 512, 512), _goals(2.3, 1.87, 1.84)),
+    "segformer_b0": Entry(_segformer, (1, 3, 512, 512), _goals(2.3, 1.87, 1.84), _fused_segformer),
     "repvit_m0_9": Entry(_timm("repvit_m0_9"), IMAGE, _goals(1.8, 1.06, 1.03)),
     "fastvit_t8": Entry(_timm("fastvit_t8"), (1, 3, 256, 256), _goals(1.5, 1.16, 1.05)),
     "repvgg_a0": Entry(_timm("repvgg_a0"), IMAGE, _goals(1.3, 1.12, 1.14)),

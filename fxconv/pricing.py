@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from fxconv.axes import Size
 from fxconv.cost import CostModel, Price, score
 from fxconv.expr import (
     Apply,
@@ -45,6 +46,14 @@ class _MapPrice:
     price: Price
     layout: Layout
     sliced: tuple[Step, int] | None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The layout that a value is read in; and the sizes of what an interpolation makes of it, if one reads it."""
+
+    layout: Layout
+    interpolated: tuple[Size, ...] | None = None
 
 
 @dataclass
@@ -149,23 +158,28 @@ class PricedValues(Values):
             price = price + self._turn(v)
         return price
 
-    def _onward(self, v: Value, plan: Plan, wanted: Layout | None) -> Price:
+    def _onward(self, v: Value, plan: Plan, wanted: _Wanted | None) -> Price:
         """What a plan will cost the users of its result: in the layout that they want, or in the operand's order."""
         if wanted is not None:
             chain = Chain(v.sizes, plan.layout)
-            chain.to(wanted)
-            return self._steps_price(chain.steps)
+            chain.to(wanted.layout)
+            price = self._steps_price(chain.steps)
+            if wanted.interpolated is not None and not any(s.kind == "conv" for s in plan.steps):
+                # ONNX Runtime interpolates the blocks of channels that a convolution leaves, anything else far slower.
+                price = price + self.model.price(Step("permute", wanted.interpolated, wanted.interpolated))
+            return price
         if len(plan.steps) > 1 and any(s.kind == "permute" for s in plan.steps):
             last = plan.steps[-1]
             return self.model.price(Step("permute", last.shape, last.shape))
         return Price()
 
-    def _wanted(self, v: Value) -> Layout | None:
+    def _wanted(self, v: Value) -> _Wanted | None:
         """The order of slots in which a dense map is read, where that is settled: by the nodes of the original graph
         that read it, or by the other terms of a sum; through views and sums that have no order of their own."""
         if not _flexible(v):
             return None
         seen, views, order = v, list[View](), list[int]()
+        interpolated = None
         while not order:
             if self.anchored(seen):
                 order = [s for g in self.originals[seen].memory for s in g]
@@ -176,10 +190,11 @@ class PricedValues(Values):
             (seen,) = users
             if self.unchanged(seen):
                 return None
-            if isinstance(seen.node, Map) and has_resample(seen.node):
+            if isinstance(seen.node, Map) and _interpolates(seen.node):
                 # Interpolation wants what it slides along last.
-                moving = {r.src: r for r in seen.node.roles if isinstance(r, Resample)}
+                moving = {r.src for r in seen.node.roles if isinstance(r, (Resample, Window))}
                 order = sorted(range(seen.node.x.rank), key=lambda s: (s in moving, s))
+                interpolated = seen.sizes
             elif isinstance(seen.node, View):
                 views.append(seen.node)
             elif not isinstance(seen.node, Sum):
@@ -191,7 +206,7 @@ class PricedValues(Values):
                 order = next((o for o in orders if len(o) == seen.rank), [])
         for view in reversed(views):
             order = view.slots_behind(order)
-        return tuple((s,) for s in order)
+        return _Wanted(tuple((s,) for s in order), interpolated)
 
     def _steps_price(self, steps: Iterable[Step]) -> Price:
         price = Price()
@@ -431,6 +446,11 @@ class PricedValues(Values):
 def slot_order(layout: Layout, v: Value) -> list[int]:
     """Slots in memory order, those of size 1 left out."""
     return [s for g in layout for s in g if v.sizes[s] != 1]
+
+
+def _interpolates(m: Map) -> bool:
+    """Whether a map resamples, or repeats what is nearest."""
+    return has_resample(m) or m.kernel.uniform == 1.0 and any(isinstance(r, Window) and r.filter.up > 1 for r in m.roles)
 
 
 def _flexible(v: Value) -> bool:
