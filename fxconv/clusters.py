@@ -64,6 +64,7 @@ class Cutter:
         self.lifted = state.lifter.lifted
         self.constants: Constants = state.lifter.constants
         self.before = {n.name: n for n in captured.graph.nodes}
+        self.order = {name: i for i, name in enumerate(self.before)}
         self.after = {n.name: n for n in emitted.gm.graph.nodes}
         self.renamed = {c.result: c.node for c in emitted.clusters}
         self.permuted = dict(filter(None, map(self._before_its_permute, emitted.clusters)))
@@ -94,8 +95,7 @@ class Cutter:
                 break
             free -= one_sided
         inputs = list(dict.fromkeys([*original_inputs, *new_inputs]))
-        order = {name: i for i, name in enumerate(self.before)}
-        inputs.sort(key=lambda name: order.get(name, len(order)))
+        inputs.sort(key=lambda name: self.order.get(name, len(self.order)))
         replaced = tuple(
             n.name
             for n in original_nodes

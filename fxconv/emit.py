@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -54,6 +55,18 @@ class Emitted:
     parameters: dict[str, Kernel]
     unfit: dict[Kernel, str] = field(default_factory=dict)
     """Kernels that the dtype of their parameter cannot hold, with the reason."""
+
+    @cached_property
+    def parameters_read(self) -> dict[str, list[str]]:
+        """The new parameters that a node reads, by its name, in graph order; a graph of many rewrites is walked once."""
+        found: dict[str, list[str]] = {}
+        for node in self.gm.graph.nodes:
+            names = [str(node.target)] if node.op == "get_attr" else []
+            if node.op == "call_module":
+                names = [f"{node.target}.weight", f"{node.target}.bias"]
+            if known := [name for name in names if name in self.parameters]:
+                found[node.name] = known
+        return found
 
 
 class UnwritableError(Exception):

@@ -93,16 +93,8 @@ def _has(gm: fx.GraphModule, path: str) -> bool:
 
 def parameters_of(emitted: Emitted, cluster: Cluster) -> list[str]:
     """Names of the new parameters that a rewrite reads."""
-    names = set(cluster.new_nodes)
-    out: list[str] = []
-    for node in emitted.gm.graph.nodes:
-        if node.name not in names:
-            continue
-        if node.op == "get_attr" and node.target in emitted.parameters:
-            out.append(str(node.target))
-        elif node.op == "call_module":
-            out += [n for n in (f"{node.target}.weight", f"{node.target}.bias") if n in emitted.parameters]
-    return out
+    read = emitted.parameters_read
+    return [name for node in cluster.new_nodes for name in read.get(node, ())]
 
 
 def symbol_ranges(gm: fx.GraphModule) -> Symbols:

@@ -80,14 +80,13 @@ class PricedValues(Values):
             total = total + (self._original_price(v) if self.unchanged(v) else self.prices.get(v, Price()))
         return total
 
-    def price_before(self, v: Value, nodes: Iterable[str]) -> Price:
-        """What the original nodes that a rewrite replaced cost."""
-        names = set(nodes)
-        total = Price()
+    def prices_before(self) -> dict[str, Price]:
+        """What each node of the original graph cost, by its name."""
+        found: dict[str, Price] = {}
         for original in self.originals.values():
-            if original.node.name in names:
-                total = total + original.price
-        return total
+            name = original.node.name
+            found[name] = found.get(name, Price()) + original.price
+        return found
 
     def price_after(self, v: Value) -> Price:
         """What v costs now, with the values that only the rewriting made."""

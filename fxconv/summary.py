@@ -31,6 +31,7 @@ def summarise(
 ) -> Report:
     """The report of a finished transform."""
     state = outcome.state
+    before = state.prices_before()
     rewrites: list[Rewrite] = []
     for cluster in outcome.emitted.clusters:
         v = outcome.verdicts.get(cluster.node)
@@ -40,7 +41,7 @@ def summarise(
                 outcome.pairs.get(cluster.node, (cluster.node,)),
                 cluster.new_nodes,
                 outcome.search.laws_of(cluster.value),
-                _cost(state.price_before(cluster.value, outcome.pairs.get(cluster.node, ()))),
+                _cost(sum((before[n] for n in outcome.pairs.get(cluster.node, ()) if n in before), Price())),
                 _cost(state.price_after(cluster.value)),
                 _verdict(v),
                 module_path(state.originals[cluster.value].node),
