@@ -58,7 +58,7 @@ class Emitted:
 
     @cached_property
     def parameters_read(self) -> dict[str, list[str]]:
-        """The new parameters that a node reads, by its name, in graph order; a graph of many rewrites is walked once."""
+        """The new parameters that a node reads, by its name: one walk for all rewrites of a graph."""
         found: dict[str, list[str]] = {}
         for node in self.gm.graph.nodes:
             names = [str(node.target)] if node.op == "get_attr" else []

@@ -241,7 +241,7 @@ def _plan_uniform(m: Map, layout: Layout) -> list[Plan]:
     if news or any(isinstance(r, Shared) for r in m.roles):
         return []
     filters = [w.filter for w in windows.values()]
-    nearest = all(f.down == 1 and f.taps == f.up and f.offset == f.up - 1 and f.extent == 0 and f.dilation == 1 for f in filters)
+    nearest = all(f.is_nearest for f in filters)
     pooled = all(f.up == 1 and f.dilation == 1 for f in filters)
     chain = Chain(m.x.sizes, layout)
     found = _spatial_layout(chain, set(windows))

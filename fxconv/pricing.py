@@ -449,7 +449,10 @@ def slot_order(layout: Layout, v: Value) -> list[int]:
 
 def _interpolates(m: Map) -> bool:
     """Whether a map resamples, or repeats what is nearest."""
-    return has_resample(m) or m.kernel.uniform == 1.0 and any(isinstance(r, Window) and r.filter.up > 1 for r in m.roles)
+    if has_resample(m):
+        return True
+    filters = [r.filter for r in m.roles if isinstance(r, Window)]
+    return m.kernel.uniform == 1.0 and any(f.up > 1 for f in filters) and all(f.is_nearest for f in filters)
 
 
 def _flexible(v: Value) -> bool:

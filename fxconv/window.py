@@ -49,6 +49,11 @@ class Filter:
         """Zero padding, cropping and strided slicing: each output reads at most one place."""
         return self.up == 1 and self.taps == 1
 
+    @property
+    def is_nearest(self) -> bool:
+        """Nearest upsampling by a whole factor, which may be 1."""
+        return self == nearest_filter(self.up)
+
     def out_size(self, n_in: Size) -> Size:
         total = self.up * n_in + self.extent
         return total // self.down if is_static(n_in) else as_size(FloorDiv(total, self.down))
