@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,16 @@ class FusedHead(nn.Module):
     def __init__(self, head: Any) -> None:
         super().__init__()
         with torch.no_grad():
-            norm, fuse = head.batch_norm, head.linear_fuse.weight.detach().double()[:, :, 0, 0]
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            wide = copy.deepcopy(head).double()
+            fused = fuse_conv_bn_eval(wide.linear_fuse, wide.batch_norm)
             # The head concatenates its stages last to first.
-            parts = fuse.mul(scale[:, None]).chunk(len(head.linear_projections), dim=1)[::-1]
-            bias = norm.bias.double() - scale * norm.running_mean.double()
+            parts = fused.weight[:, :, 0, 0].chunk(len(wide.linear_projections), dim=1)[::-1]
+            bias = fused.bias
             self.stages = nn.ModuleList()
-            for part, projection in zip(parts, head.linear_projections, strict=True):
-                stage = nn.Conv2d(projection.proj.in_features, len(scale), 1, bias=not self.stages)
-                stage.weight.copy_((part @ projection.proj.weight.double())[:, :, None, None])
-                bias = bias + part @ projection.proj.bias.double()
+            for part, projection in zip(parts, wide.linear_projections, strict=True):
+                stage = nn.Conv2d(projection.proj.in_features, fused.out_channels, 1, bias=not self.stages)
+                stage.weight.copy_((part @ projection.proj.weight)[:, :, None, None])
+                bias = bias + part @ projection.proj.bias
                 self.stages.append(stage)
             self.stages[0].bias.copy_(bias)
         self.classifier = head.classifier
@@ -119,7 +120,8 @@ class FusedHead(nn.Module):
 def _fused_segformer(model: nn.Module) -> nn.Module:
     twin: Any = copy.deepcopy(model)
     twin.model.decode_head = FusedHead(twin.model.decode_head)
-    return cast(nn.Module, twin.eval())
+    fused: nn.Module = twin.eval()
+    return fused
 
 
 def _vgg() -> nn.Module:
