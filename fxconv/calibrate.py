@@ -6,7 +6,6 @@ rate and bandwidths are those that minimise the relative error, none of them neg
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fxconv.cost import CostModel, Profile, Rates
 from fxconv.errors import OptionError
+from fxconv.garbage import collector_paused
 from fxconv.kernel import Kernel
 from fxconv.steps import Step
 
@@ -197,14 +197,8 @@ def seconds_of(call: Callable[[], Any], budget_s: float = 0.06) -> float:
 
 def measure(budget_s: float = 0.06) -> list[tuple[Step, float]]:
     """Each sample's step and seconds."""
-    collect = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode():
-            return [(s.step, seconds_of(s.call, budget_s)) for s in samples()]
-    finally:
-        if collect:
-            gc.enable()
+    with collector_paused(), torch.inference_mode():
+        return [(s.step, seconds_of(s.call, budget_s)) for s in samples()]
 
 
 def fit(measured: list[tuple[Step, float]], name: str, block: int = 8) -> Profile:

@@ -139,7 +139,6 @@ class Emitter:
         redirect_asks(self.gm)
         self._erase_dead()
         self.gm.graph.lint()
-        self.gm.recompile()
 
     def _erase_dead(self) -> None:
         # fx's own dead-code elimination keeps random operators, and eval-mode dropout counts as one.

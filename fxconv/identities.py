@@ -22,7 +22,7 @@ def remove_identities(gm: fx.GraphModule, barriers: Mapping[str, str]) -> None:
     """Let the readers of such a node read what it reads; nodes in ``barriers`` (a hook, a write in place) stay.
 
     They cost little and hide much: a Linear behind a dropout stands next to what is before it. Lifting sees through
-    them, but where neither side is rewritten they would stay in the result.
+    them, but where neither side is rewritten they would stay in the result. The caller recompiles.
     """
     for node in list(gm.graph.nodes):
         if node.name in barriers or not _does_nothing(node, gm):
@@ -30,7 +30,6 @@ def remove_identities(gm: fx.GraphModule, barriers: Mapping[str, str]) -> None:
         (source,) = node.all_input_nodes
         node.replace_all_uses_with(source)
         gm.graph.erase_node(node)
-    gm.recompile()
 
 
 def _does_nothing(node: fx.Node, gm: fx.GraphModule) -> bool:

@@ -8,7 +8,7 @@ clusters (the blocks of a stage) are timed once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Judge:
     captured: fx.GraphModule
     state: State
     emit: Callable[[], Emitted]
-    symbols: dict[sympy.Symbol, int]
+    symbols: Mapping[sympy.Symbol, int]
     budget_s: float = 0.4
     losers: list[Loser] = field(default_factory=list)
     _known: dict[Hashable, Timing] = field(default_factory=dict)

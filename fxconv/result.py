@@ -131,6 +131,7 @@ def guard_constants(gm: fx.GraphModule, constants: dict[int, Any], forward: Any)
     if not placeholders:
         return
     last = placeholders[-1]
+    before = len(gm.graph.nodes)
     guards: list[tuple[fx.Node, Any]] = [(placeholders[i], value) for i, value in constants.items()]
     if not isinstance(gm.graph._codegen, _PyTreeCodeGen):
         guards += _add_omitted(gm, placeholders, forward)
@@ -142,7 +143,8 @@ def guard_constants(gm: fx.GraphModule, constants: dict[int, Any], forward: Any)
             check = gm.graph.call_function(compare, (node, value))
             asserted = gm.graph.call_function(torch._assert, (check, message))
             check.append(asserted)
-    gm.recompile()
+    if len(gm.graph.nodes) > before:
+        gm.recompile()
 
 
 def _add_omitted(gm: fx.GraphModule, placeholders: list[fx.Node], forward: Any) -> list[tuple[fx.Node, Any]]:

@@ -96,11 +96,13 @@ Found = tuple[float, list[Step], Route]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the search at a value came to: by which route what was gained, or, without one, which moves did not pay."""
+    """What the search at a value came to: by which route what was gained, or, without one, which moves did not pay; and
+    which laws refused there."""
 
     route: Route | None
     gained: float = 0.0
     untaken: dict[str, Missed] = field(default_factory=dict)
+    refusing: frozenset[str] = frozenset()
 
 
 WEIGHED = frozenset(("compose", "merge branches", "distribute", "commute", "merge siblings"))
@@ -134,6 +136,7 @@ class Search:
     _records: Records = field(default_factory=Records)
     _tried: list[Trial] = field(default_factory=list)
     _path: set[Value] = field(default_factory=set)
+    _refusing: set[tuple[Value, str]] = field(default_factory=set)
     _trials: int = 0
     _looks: int = 0
     _reach: float = 0.0
@@ -278,11 +281,12 @@ class Search:
         """Explore from v and take what pays best: the values touched, and what a value like v need not search for."""
         state = self.state
         start, mark = state.score(), state.mark()
+        self._refusing.clear()
         best = self._explore([v], self.budget.depth, start)
         state.undo(mark)
         if best is None or best[0] > start - self._least_gain(v, best[1]):
             self.untaken[v] = self._losses(v)
-            return [], Outcome(None, 0.0, self.untaken[v])
+            return [], Outcome(None, 0.0, self.untaken[v], frozenset(law for x, law in self._refusing if x is v))
         self.untaken.pop(v, None)
         touched, gained = self._take(v, best[1])
         if touched:
@@ -293,7 +297,8 @@ class Search:
         """Do at v what was done at a value like it: the values touched, or None where it does not come to the same."""
         state = self.state
         if known.route is None:
-            self._proposals(v, late=True)  # for the refusals, whose reasons speak of v's own numbers
+            # For the refusals, whose reasons speak of v's own numbers.
+            self._proposals(v, late=True, only=known.refusing)
             self.untaken[v] = {law: replace(missed, value=v) for law, missed in known.untaken.items()}
             return []
         start, mark, path = state.score(), state.mark(), self._path
@@ -420,17 +425,21 @@ class Search:
                 found += self.state.users.get(u, ())
         return found if len(found) <= self.budget.readers else []
 
-    def _proposals(self, v: Value, late: bool) -> list[list[Step]]:
-        """The steps that the laws propose at v; those of a list are taken together. Late laws come first or not at all."""
+    def _proposals(self, v: Value, late: bool, only: frozenset[str] | None = None) -> list[list[Step]]:
+        """The steps that the laws (``only`` those named) propose at v; those of a list are taken together.
+
+        Late laws come first or not at all.
+        """
         found: list[list[Step]] = []
-        for law in self.laws:
+        if only is not None and not only:
+            return found
+        laws = [law for law in self.laws if only is None or law.name in only]
+        for law in laws:
             if law.late and not late:
                 continue
             for outcome in law(v, self.context):
                 if isinstance(outcome, Refusal):
-                    key = (v.id, law.name, outcome.reason)
-                    if key not in self.refusals:
-                        self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
+                    self._refused(v, law, outcome)
                 elif isinstance(outcome, Joint):
                     found.append([(x, new, law.name) for x, new in outcome.pairs])
                 else:
@@ -441,7 +450,13 @@ class Search:
             found.append([(v, None, "restore")])
             if dead := self._dead_below(v):
                 found.append([*found[-1], *((x, None, "restore") for x in dead)])
-        return [*found, *self._inner_proposals(v)]
+        return [*found, *self._inner_proposals(v, laws)]
+
+    def _refused(self, v: Value, law: Law, refusal: Refusal) -> None:
+        self._refusing.add((v, law.name))
+        key = (v.id, law.name, refusal.reason)
+        if key not in self.refusals:
+            self.refusals[key] = Missed(v, law.name, refusal.reason, refusal.would_fire_if)
 
     def _dead_below(self, v: Value) -> list[Value]:
         """What the original graph computes v from and nothing reads at present, as far as it was redefined before."""
@@ -453,7 +468,7 @@ class Search:
                     stack.append(x)
         return found
 
-    def _inner_proposals(self, v: Value) -> list[list[Step]]:
+    def _inner_proposals(self, v: Value, laws: Sequence[Law]) -> list[list[Step]]:
         """Steps inside a value that an original node computes as a whole: a convolution's map, without its bias.
 
         Its inner values are not alive, so rewriting them is rewriting v; restating v first would cost a level of depth.
@@ -474,14 +489,12 @@ class Search:
             x = t.node.x if isinstance(t.node, View) and self._inside(t) else t
             if t in read_elsewhere or not self._inside(x) or not isinstance(x.node, (Map, Sum)):
                 continue
-            for law in self.laws:
+            for law in laws:
                 if law.name == "restate" or law.late:
                     continue
                 for outcome in law(x, self.context):
                     if isinstance(outcome, Refusal):
-                        key = (v.id, law.name, outcome.reason)
-                        if key not in self.refusals:
-                            self.refusals[key] = Missed(v, law.name, outcome.reason, outcome.would_fire_if)
+                        self._refused(v, law, outcome)
                     elif isinstance(outcome, Value):
                         within = outcome if x is t else _substituted(t, x, outcome)
                         found.append([(v, _substituted(v, t, within), law.name)])

@@ -93,6 +93,8 @@ def is_zero(w: torch.Tensor) -> bool:
 def block_axes(w: torch.Tensor, most: int = 3) -> list[Axis]:
     """Ways in which a matrix is block-diagonal, those with the most blocks first; a diagonal matrix has blocks of
     1×1."""
+    if bool(w[0].all()):
+        return []  # every block has zeros beside it
     s = sample(w)
     if not len(s.rows):
         return []
@@ -429,16 +431,25 @@ class Factors:
     exact: bool
 
 
+def _directions(rows: int, columns: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``side`` of the rows in random order, and a few more directions among the columns."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(rows, generator=generator)[:side], torch.randn(columns, side + 8, generator=generator)
+
+
+_few_directions = lru_cache(maxsize=64)(_directions)
+"""Kept where they are small: drawing them takes longer than all that is done with them."""
+
+
 def low_rank(w: torch.Tensor, most: int) -> Factors | None:
     """Two factors of rank at most ``most``, or None."""
     if most < 1:
         return None
     rows, columns = w.shape
     side = min(most + 1, rows, columns, _RANK_SAMPLE)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(rows, generator=generator)[:side]
     # Some rows seen through random directions: their rank is the matrix's, up to what they can show.
-    directions = torch.randn(columns, side + 8, generator=generator).to(w.device)
+    chosen, directions = (_few_directions if rows * columns <= _SMALL else _directions)(rows, columns, side)
+    directions = directions.to(w.device)
     if side == min(_RANK_SAMPLE, most + 1):
         # In float32 first: independent rows show as such, and most weights are done with here.
         pivots = torch.linalg.qr((w[chosen.to(w.device)].float() @ directions).T, mode="r").R.diagonal().abs()

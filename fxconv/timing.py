@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from fxconv.garbage import collector_paused
 
 
 def paired(
@@ -40,23 +41,17 @@ def paired(
         _synchronise(args)
         return clock() - start
 
-    collect = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.no_grad():
-            run(0), run(1)  # caches, lazy initialisation, thread pools
-            once = max(run(0) + run(1), 1e-6)
-            pairs = max(min_pairs, min(max_pairs, int(budget_s / once)))
-            times: list[tuple[float, float]] = []
-            for i in range(pairs):
-                if i % 2:
-                    second, first = run(1), run(0)
-                else:
-                    first, second = run(0), run(1)
-                times.append((first, second))
-    finally:
-        if collect:
-            gc.enable()
+    with collector_paused(), torch.no_grad():
+        run(0), run(1)  # caches, lazy initialisation, thread pools
+        once = max(run(0) + run(1), 1e-6)
+        pairs = max(min_pairs, min(max_pairs, int(budget_s / once)))
+        times: list[tuple[float, float]] = []
+        for i in range(pairs):
+            if i % 2:
+                second, first = run(1), run(0)
+            else:
+                first, second = run(0), run(1)
+            times.append((first, second))
     ratios = sorted(b / a for b, a in times)
     low, high = median_interval(len(ratios))
     return {

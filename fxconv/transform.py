@@ -19,6 +19,7 @@ from fxconv.divisible import assume_divisible
 from fxconv.emit import Emitted, module_path
 from fxconv.errors import CaptureError, VerificationError
 from fxconv.expr import Const, Value
+from fxconv.garbage import collector_paused, collector_skips_the_past
 from fxconv.law import Law
 from fxconv.lift import Lifter
 from fxconv.measure import Judge, example_sizes, whole
@@ -96,6 +97,7 @@ def explain(model: Any, args: Any = None, kwargs: Mapping[str, Any] | None = Non
     return read(transform(model, args, kwargs, **keywords))
 
 
+@collector_skips_the_past()
 def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tuple[Any, Report]:
     """Transform under checked options: the result and its report."""
     if isinstance(args, torch.Tensor):
@@ -112,6 +114,7 @@ def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tupl
     return run_captured(model, captured, options, time.perf_counter() - started)
 
 
+@collector_skips_the_past()  # the captured graph too, from here on
 def run_captured(model: Any, captured: Captured, options: Options, took: float = 0.0, where: str = "") -> tuple[Any, Report]:
     """Transform a graph that has been captured, by `capture` or by a pipeline (``took`` seconds).
 
@@ -164,16 +167,40 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
 
     ``where`` is the qualified name of the module that was captured, "" for the model itself.
     """
-    timings: dict[str, float] = {}
     clock = time.perf_counter()
     assumed = assume_divisible(captured.gm)
+    outcome = _rewritten(captured, options, where)
+    timings, state = outcome.timings, outcome.state
+    clock += timings["lift"] + timings["search"]
+    if outcome.emitted.clusters:
+        captured.checks += assumed
+    if options.trainable:
+        _keep_reversible(outcome)
+    _refuse_unfit(outcome)
+    clock = _lap(timings, "emit", clock)
+    if options.measure:
+        judge = Judge(captured.gm, state, lambda: emit(captured, state), state.model.symbols)
+        outcome.emitted = judge.run(outcome.emitted)
+        outcome.after, outcome.slower = state.total, judge.losers
+        clock = _lap(timings, "measure", clock)
+    if options.verify != "off":
+        verify_clusters(outcome, symbol_ranges(captured.gm), options)
+        kernels.forget()
+        _lap(timings, "verify rewrites", clock)
+    return outcome
+
+
+@collector_paused()
+def _rewritten(captured: Captured, options: Options, where: str) -> Outcome:
+    """Lift, search and emit."""
+    timings: dict[str, float] = {}
+    clock = time.perf_counter()
     barriers = {**captured.barriers, **_left_alone(captured.gm, options, where)}
     # A target that wants another operator wants it in another layout, on both sides of a function.
     lifter = Lifter(captured.gm, barriers, functions=options.target is not None)
     lifter.run()
     clock = _lap(timings, "lift", clock)
-    symbols = symbol_ranges(captured.gm)
-    sizes = example_sizes(captured, {s: hint for s, (_, _, hint) in symbols.items()})
+    sizes = example_sizes(captured, {s: hint for s, (_, _, hint) in symbol_ranges(captured.gm).items()})
     profile = load_profile(options.profile)
     if not profile.measured:
         captured.notes.append(f"times are predicted for {profile.name!r}, whose speeds nobody measured")
@@ -185,24 +212,8 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
     search.run()
     state.retract_impossible()
     kernels.forget()
-    clock = _lap(timings, "search", clock)
-    outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
-    if outcome.emitted.clusters:
-        captured.checks += assumed
-    if options.trainable:
-        _keep_reversible(outcome)
-    _refuse_unfit(outcome)
-    clock = _lap(timings, "emit", clock)
-    if options.measure:
-        judge = Judge(captured.gm, state, lambda: emit(captured, state), sizes)
-        outcome.emitted = judge.run(outcome.emitted)
-        outcome.after, outcome.slower = state.total, judge.losers
-        clock = _lap(timings, "measure", clock)
-    if options.verify != "off":
-        verify_clusters(outcome, symbols, options)
-        kernels.forget()
-        _lap(timings, "verify rewrites", clock)
-    return outcome
+    _lap(timings, "search", clock)
+    return Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
 
 
 def _keep_reversible(outcome: Outcome) -> None:

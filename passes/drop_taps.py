@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from fxconv import kernel as kernels
 from fxconv.axes import is_static
 from fxconv.expr import Const, Map, Role, Value, Window, axis_positions
@@ -27,19 +29,21 @@ from fxconv.window import live_taps
 
 def _nonzero(k: Kernel, axis: int) -> tuple[int, int] | None:
     """The half-open range of taps that have a weight other than zero; None where the values are not at hand."""
-    w = native(k)
-    if w is None:
-        return None
-    key = f"nonzero {axis}"
+    key = ("nonzero", axis)
     if key not in k._facts:
-        lo, hi = 0, w.shape[axis]
-        while lo < hi and not bool(w.select(axis, lo).any()):
-            lo += 1
-        while lo < hi and not bool(w.select(axis, hi - 1).any()):
-            hi -= 1
-        k._facts[key] = (lo, hi)
-    found: tuple[int, int] = k._facts[key]
+        w = native(k)
+        k._facts[key] = _ends(w, axis) if w is not None else None
+    found: tuple[int, int] | None = k._facts[key]
     return found
+
+
+def _ends(w: torch.Tensor, axis: int) -> tuple[int, int]:
+    lo, hi = 0, w.shape[axis]
+    while lo < hi and not bool(w.select(axis, lo).any()):
+        lo += 1
+    while lo < hi and not bool(w.select(axis, hi - 1).any()):
+        hi -= 1
+    return lo, hi
 
 
 def _drop_taps(v: Value, context: Context) -> Iterator[Outcome]:
