@@ -31,6 +31,9 @@ SLOW_CALL_SECONDS = 0.2
 SLOW_EXPORT_SECONDS = 8.0
 """CPU seconds in such steps after which an export with every dim dynamic is given up. torchvision's Swin takes 225 s
 with symbolic height and width and 5 s without; convolutional networks spend less than 1 s in such steps."""
+SLOW_SHARE = 0.5
+"""What share of all its CPU time such an export spends in slow steps at least. Between its passes any export takes time in
+proportion to the size of the graph, 10 s of 100 with 10,000 nodes."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,8 @@ class _Budget(TorchFunctionMode):
     """Gives an export up that has spent too long in slow steps (CPU time, so that a busy machine changes nothing)."""
 
     def __enter__(self) -> _Budget:
-        self.last, self.slow = time.thread_time(), 0.0
+        self.started = self.last = time.thread_time()
+        self.slow = 0.0
         super().__enter__()
         return self
 
@@ -264,7 +268,7 @@ class _Budget(TorchFunctionMode):
         step, self.last = now - self.last, now
         if step > SLOW_CALL_SECONDS:
             self.slow += step
-            if self.slow > SLOW_EXPORT_SECONDS:
+            if self.slow > max(SLOW_EXPORT_SECONDS, SLOW_SHARE * (now - self.started)):
                 raise _TooSlow("with every dim dynamic the export is too slow; pass dynamic_shapes to insist")
         return func(*args, **(kwargs or {}))
 

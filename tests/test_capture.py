@@ -7,6 +7,7 @@ import io
 import pickle
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from fxconv import capture_export
 from fxconv.capture import Captured, capture, restore_inplace
 from fxconv.errors import ArgsError, CaptureError, FxconvError, NotAModuleError, OptionError, TrainingModeError
 from fxconv.functional import mutated_argument
@@ -763,3 +765,20 @@ def test_int_of_a_size_does_not_fix_it() -> None:
         x = draw((n, 3, h, w))
         assert relative_error(run(out.result, (x,)), run(out.original, (x,))) < 1e-12
     assert not {"int", "len"} & globals().keys()
+
+
+@pytest.mark.parametrize(
+    ("passes", "slow", "ordinary", "gives_up"),
+    [(5, [1.0] * 3, 100, True), (5, [1.0], 100, False), (10, [1.0], 1800, False), (5, [1.0] * 3, 1800, False)],
+)
+def test_export_is_given_up_where_slow_steps_prevail(
+    monkeypatch: pytest.MonkeyPatch, passes: int, slow: list[float], ordinary: int, gives_up: bool
+) -> None:
+    """Symbolic sizes bog an export down; a large graph takes long between its passes, and longer in all else."""
+    now = 0.0
+    monkeypatch.setattr(capture_export.time, "thread_time", lambda: now)
+    x = torch.zeros(2)
+    with pytest.raises(CaptureError, match="pass dynamic_shapes") if gives_up else nullcontext(), capture_export._Budget():
+        for step in [t for _ in range(passes) for t in (*[0.005] * ordinary, *slow)]:
+            now += step
+            torch.neg(x)
