@@ -78,7 +78,6 @@ def hand_back(captured: Captured, gm: fx.GraphModule) -> Any:
     """The rewritten graph as the kind of thing that was given."""
     remove_identities(gm, captured.barriers)
     restore_inplace(gm)
-    gm.recompile()
     return captured.rebuild(gm)
 
 

@@ -44,7 +44,8 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` with tuples as lists and tensor scalars as numbers, so that JSON gives back an equal object.
+    """`value` with tuples as lists, records as dictionaries and tensor scalars as numbers, so that JSON gives back an equal
+    object.
 
     Raises FxconvError where something is neither: a tensor or a node in a report would keep a model alive.
     """
@@ -52,11 +53,13 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, int | float):
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
         return [plain(v) for v in items]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, torch.dtype | torch.device):
         return str(value).removeprefix("torch.")
     if getattr(value, "is_Integer", False) or getattr(value, "is_Float", False):  # sympy, from symbolic sizes
@@ -239,7 +242,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary (str, numbers, lists, dicts) that `from_dict` turns back into an equal report."""
-        return {"schema": SCHEMA, **plain(dataclasses.asdict(self))}
+        return {"schema": SCHEMA, **plain(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
