@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.interp import handlers
 
 from fxconv.axes import Size, as_size, is_static, quotient, same, same_shape, shape_of
@@ -222,6 +223,8 @@ class Writer:
                     for d, s in enumerate(shape_of(node.meta["val"])):
                         if not is_static(s):
                             self._sizes.append((s, node, d))
+                            # k·(h // k) is h that k divides (`divisible`); elsewhere h stands by itself, in h // 32.
+                            self._sizes += [(f.args[0], node, d) for f in s.atoms(FloorDiv) if s == f * f.args[1]]
         return self._sizes
 
     def _sym_size(self, node: fx.Node, d: int) -> fx.Node:

@@ -96,6 +96,26 @@ def test_a_program_keeps_its_sizes() -> None:
         torch.testing.assert_close(result.module()(draw(shape)), model(draw(shape)))
 
 
+class Tokens(nn.Module):
+    """Behind patches of 4 by 4, a map of h // 8 from tokens, whose number says nothing of h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.fc = nn.Linear(48, 10), nn.LayerNorm(10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h // 4, 4, w // 4, 4)
+        x = self.embed(x.permute(0, 2, 4, 1, 3, 5).reshape(n, h // 4, w // 4, c * 16))
+        x = F.max_pool2d(x.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+        return self.fc(self.norm(x)).transpose(1, 2).reshape(n, 6, h // 8, w // 8)
+
+
+def test_other_quotients_of_a_size_are_of_that_size() -> None:
+    out = check(randomise(Tokens()), draw((2, 3, 16, 24)), target="conv2d", ops={"conv": 2, "linear": 0})
+    assert not [m for m in fxconv.report(out.result).missed if "writing it raised" in m.reason]
+
+
 class Focus(nn.Module):
     """YOLOv5's first layer: every second pixel of an image, four times side by side, and a convolution."""
 
