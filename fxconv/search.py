@@ -189,6 +189,7 @@ class Search:
                 for x, new, _ in forwards.taken:
                     self._set(x, new)
                 self._records = forwards
+        self._leave_alone()
         for v, by_law in self.untaken.items():
             if v in self.state.uses:
                 for law, missed in by_law.items():
@@ -218,6 +219,19 @@ class Search:
                 if u in self.state.uses and u not in queued and not isinstance(u.node, (Leaf, Const)):
                     queue.append(u)
                     queued.add(u)
+
+    def _leave_alone(self) -> None:
+        """Take back what was written anew on the way to something else and saves nothing: the original's spelling stays.
+
+        A part of a split that became a slice costs the same, and OpenVINO no longer finds that the parts are views.
+        """
+        state = self.state
+        for x in sorted(state.restated & state.originals.keys(), key=lambda x: x.id):
+            start, mark = state.score(), state.mark()
+            if x in state.uses and self._set(x, None) and state.score() <= start + self._noise:
+                self.applied.pop(x, None)
+            else:
+                state.undo(mark)
 
     def _order(self) -> list[Value]:
         return sorted(self.state.uses, key=lambda v: v.id)

@@ -170,3 +170,24 @@ def test_never_worse_by_the_objective(objective: str) -> None:
     assert getattr(report.cost_after, measure) <= getattr(report.cost_before, measure)
     assert objective != "params" or n_params(out.result) <= params
     assert objective != "macs" or out.macs_after <= out.macs_before
+
+
+@pytest.mark.parametrize("parts", ["split", "chunk"])
+def test_parts_that_gain_nothing_anew_stay_as_they_are(parts: str) -> None:
+    """A cross-stage block: one half of a split passes through convolutions whose norms are folded. Written as slices,
+    the halves took OpenVINO a copy each (CS3Darknet: 0.91).
+    """
+
+    class CrossStage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.norm = nn.Conv2d(24, 48, 1, bias=False), nn.BatchNorm2d(48)
+            self.inner, self.inner_norm = nn.Conv2d(24, 24, 1, bias=False), nn.BatchNorm2d(24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(self.norm(self.expand(x)))
+            a, b = y.split(24, 1) if parts == "split" else y.chunk(2, 1)
+            return torch.cat([a + F.silu(self.inner_norm(self.inner(a))), b], 1)
+
+    out = check(randomise(CrossStage()), draw((2, 24, 17, 13)), ops={"conv": 2, "batch_norm": 0, "add": 1, "cat": 1})
+    assert out.kinds["split"] + out.kinds["chunk"] == 1 and not out.kinds["slice"]
