@@ -224,7 +224,7 @@ class Writer:
                         if not is_static(s):
                             self._sizes.append((s, node, d))
                             # k·(h // k) is h that k divides (`divisible`); elsewhere h stands by itself, in h // 32.
-                            self._sizes += [(f.args[0], node, d) for f in s.atoms(FloorDiv) if s == f * f.args[1]]
+                            self._sizes += [(f.args[0], node, d) for f in sympy.sympify(s).atoms(FloorDiv) if s == f * f.args[1]]
         return self._sizes
 
     def _sym_size(self, node: fx.Node, d: int) -> fx.Node:
