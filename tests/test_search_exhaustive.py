@@ -21,7 +21,8 @@ from fxconv.cost import CPU, OBJECTIVES, CostModel, smallest_gain
 from fxconv.expr import Value, operands
 from fxconv.lift import Lifter
 from fxconv.passes import LAWS
-from fxconv.search import Search, Step
+from fxconv.records import Step
+from fxconv.search import Search
 from fxconv.state import State
 from fxconv.steps import TARGETS
 from fxconv.transform import _roots, example_sizes, symbol_ranges
