@@ -32,12 +32,17 @@ def collector_skips_the_past() -> Iterator[None]:
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """No collections: for timings, and for what makes many objects and hardly a cycle among them."""
+def collector_paused(kept: bool = False) -> Iterator[None]:
+    """No collections: for timings, and for what makes many objects and hardly a cycle among them.
+
+    Where they are ``kept``, a block that skips the past skips them too from then on.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if kept and _depth:
+            gc.freeze()
         if enabled:
             gc.enable()

@@ -202,7 +202,7 @@ def finish(
     Parameters that the captured graph read and that ``gm`` does not read are dropped; all others keep their names.
     """
     root = nn.Module()
-    reads = list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")))
+    reads = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module"))
     if layout is not None:
         for attribute_name in still_held(layout, reads, source):
             owner = gm if attribute_name in reads else source
@@ -210,7 +210,7 @@ def finish(
             set_attribute(root, attribute_name, attribute(owner, attribute_name), persistent)
     else:
         order = {module_name: i for i, (module_name, _) in enumerate(source.named_modules())}
-        reads.sort(key=lambda target: order.get(target, len(order)))
+        reads = dict.fromkeys(sorted(reads, key=lambda target: order.get(target, len(order))))
     for target in reads:
         if not _has(root, target):
             set_attribute(root, target, attribute(gm, target), persistent=_is_persistent(gm, target))

@@ -167,13 +167,18 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
 
     ``where`` is the qualified name of the module that was captured, "" for the model itself.
     """
-    clock = time.perf_counter()
     assumed = assume_divisible(captured.gm)
     outcome = _rewritten(captured, options, where)
-    timings, state = outcome.timings, outcome.state
-    clock += timings["lift"] + timings["search"]
     if outcome.emitted.clusters:
         captured.checks += assumed
+    _check(outcome, options)
+    return outcome
+
+
+def _check(outcome: Outcome, options: Options) -> None:
+    """Take back what options forbid, the dtype cannot hold, does not win or cannot be confirmed."""
+    captured, state, timings = outcome.captured, outcome.state, outcome.timings
+    clock = time.perf_counter() - timings["emit"]
     if options.trainable:
         _keep_reversible(outcome)
     _refuse_unfit(outcome)
@@ -187,10 +192,9 @@ def rewrite(captured: Captured, options: Options, where: str = "") -> Outcome:
         verify_clusters(outcome, symbol_ranges(captured.gm), options)
         kernels.forget()
         _lap(timings, "verify rewrites", clock)
-    return outcome
 
 
-@collector_paused()
+@collector_paused(kept=True)
 def _rewritten(captured: Captured, options: Options, where: str) -> Outcome:
     """Lift, search and emit."""
     timings: dict[str, float] = {}
@@ -212,8 +216,10 @@ def _rewritten(captured: Captured, options: Options, where: str) -> Outcome:
     search.run()
     state.retract_impossible()
     kernels.forget()
-    _lap(timings, "search", clock)
-    return Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
+    clock = _lap(timings, "search", clock)
+    outcome = Outcome(captured, state, search, emit(captured, state), before, state.total, timings=timings)
+    _lap(timings, "emit", clock)
+    return outcome
 
 
 def _keep_reversible(outcome: Outcome) -> None:

@@ -46,6 +46,17 @@ def test_nested_blocks_skip_what_the_outer_one_made() -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_what_is_kept_is_skipped_from_then_on() -> None:
+    with collector_skips_the_past():
+        before = gc.get_freeze_count()
+        with collector_paused(kept=True):
+            made = [[i] for i in range(1000)]
+        assert gc.isenabled() and gc.get_freeze_count() >= before + len(made)
+    with collector_paused(kept=True):
+        pass
+    assert gc.get_freeze_count() == 0
+
+
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     try:
