@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 Runner = Callable[..., Any]
 
@@ -101,8 +102,8 @@ def openvino(model: nn.Module, args: tuple[Any, ...]) -> Runner:
         path.write_bytes(to_onnx(model, args))
         request = core.compile_model(str(path), "CPU", options).create_infer_request()
 
-    def run(*tensors: torch.Tensor) -> Any:
-        return request.infer([t.numpy() for t in tensors], share_inputs=True, share_outputs=True)
+    def run(*tensors: Any) -> Any:
+        return request.infer([t.numpy() for t in pytree.tree_leaves(tensors)], share_inputs=True, share_outputs=True)
 
     return run
 
@@ -145,8 +146,8 @@ def _session(model: bytes) -> Runner:
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
-    def run(*tensors: torch.Tensor) -> Any:
-        return session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+    def run(*tensors: Any) -> Any:
+        return session.run(None, {n: t.numpy() for n, t in zip(names, pytree.tree_leaves(tensors), strict=True)})
 
     return run
 
