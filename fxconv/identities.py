@@ -22,7 +22,8 @@ def remove_identities(gm: fx.GraphModule, barriers: Mapping[str, str]) -> None:
     """Let the readers of such a node read what it reads; nodes in ``barriers`` (a hook, a write in place) stay.
 
     They cost little and hide much: a Linear behind a dropout stands next to what is before it. Lifting sees through
-    them, but where neither side is rewritten they would stay in the result. The caller recompiles.
+    them, but where neither side is rewritten they would stay in the result. The code of ``gm`` is not compiled anew: a copy of its
+    graph is what is handed back.
     """
     for node in list(gm.graph.nodes):
         if node.name in barriers or not _does_nothing(node, gm):

@@ -131,7 +131,6 @@ def guard_constants(gm: fx.GraphModule, constants: dict[int, Any], forward: Any)
     if not placeholders:
         return
     last = placeholders[-1]
-    before = len(gm.graph.nodes)
     guards: list[tuple[fx.Node, Any]] = [(placeholders[i], value) for i, value in constants.items()]
     if not isinstance(gm.graph._codegen, _PyTreeCodeGen):
         guards += _add_omitted(gm, placeholders, forward)
@@ -143,7 +142,7 @@ def guard_constants(gm: fx.GraphModule, constants: dict[int, Any], forward: Any)
             check = gm.graph.call_function(compare, (node, value))
             asserted = gm.graph.call_function(torch._assert, (check, message))
             check.append(asserted)
-    if len(gm.graph.nodes) > before:
+    if guards:
         gm.recompile()
 
 

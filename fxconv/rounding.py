@@ -83,10 +83,7 @@ def unfit(name: str, value: torch.Tensor, rounded: torch.Tensor, dim: int = 0) -
     rows, stored = (t.movedim(dim, 0).flatten(1) if t.dim() > 1 else t.reshape(1, -1) for t in (value, rounded))
     # Reductions of what was rounded, which is smaller; torch's aminmax along a dim is ten times as slow as these two.
     largest = torch.maximum(stored.amax(1), -stored.amin(1)).to(torch.float64)
-    smallest_row, largest_row = (float(x) for x in largest.aminmax())
-    if math.isfinite(largest_row) and smallest_row >= _outweighing(rows, dtype):
-        return "", torch.finfo(dtype).eps / 2
-    if not math.isfinite(largest_row):
+    if not math.isfinite(float(largest.max())):
         overflow = value.isfinite() & ~rounded.isfinite()
         if bool(overflow.any()):
             most = torch.finfo(dtype).max
@@ -102,19 +99,17 @@ def unfit(name: str, value: torch.Tensor, rounded: torch.Tensor, dim: int = 0) -
     ), error
 
 
-def _outweighing(rows: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest entry from which on a row needs no adding up.
-
-    Normal numbers lose one unit roundoff at most, those below the least normal one half its last place: this outweighs
-    as many of those as a row has entries. A row that was rounded to zero altogether lies below it.
-    """
-    return torch.finfo(dtype).tiny * math.sqrt(rows.shape[1])
-
-
 def _row_error(rows: torch.Tensor, stored: torch.Tensor, largest: torch.Tensor) -> float:
     """The largest relative 2-norm error over the rows; ``largest`` is each row's largest entry, rounded."""
-    doubtful = ~(largest >= _outweighing(rows, stored.dtype))
-    worst = 0.0 if bool(doubtful.all()) else torch.finfo(stored.dtype).eps / 2
+    # Normal numbers lose one unit roundoff at most, those below the least normal one half its last place. Where a row's
+    # largest entry outweighs as many of those as the row has entries, nothing needs to be added up.
+    unit = torch.finfo(stored.dtype).eps / 2
+    outweighing = torch.finfo(stored.dtype).tiny * math.sqrt(rows.shape[1])
+    if float(largest.min()) >= outweighing:
+        return unit
+    # What was rounded to zero altogether is doubtful too.
+    doubtful = ~(largest >= outweighing)
+    worst = 0.0 if bool(doubtful.all()) else unit
     suspects = doubtful.nonzero()[:, 0]
     for part in suspects.split(max(1, _CHUNK // rows.shape[1])) if suspects.numel() else ():
         v, r = rows[part], stored[part].to(torch.float64)

@@ -260,8 +260,8 @@ class Search:
         """Do at v what was done at a value like it: the values touched, or None where it does not come to the same."""
         state = self.state
         if known.route is None:
-            # For the refusals, whose reasons speak of v's own numbers.
-            self._proposals(v, late=True, only=known.refusing)
+            if known.refusing:  # whose reasons speak of v's own numbers
+                self._proposals(v, late=True, only=known.refusing)
             self.untaken[v] = {law: replace(missed, value=v) for law, missed in known.untaken.items()}
             return []
         start, mark, path = state.score(), state.mark(), self._path
@@ -394,8 +394,6 @@ class Search:
         Late laws come first or not at all.
         """
         found: list[list[Step]] = []
-        if only is not None and not only:
-            return found
         laws = [law for law in self.laws if only is None or law.name in only]
         for law in laws:
             if law.late and not late:
