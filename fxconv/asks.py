@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxconv.axes import is_static, same, same_shape, shape_of
-from fxconv.functional import has_effect
+from fxconv.storage import has_effect
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _LIKE = ("reshape_as", "view_as", "expand_as")

@@ -24,8 +24,8 @@ from fxconv.capture_export import export_module, from_program, plans
 from fxconv.capture_symbolic import keep_root_hooks, propagate_shapes, symbolic_module
 from fxconv.captured import Captured, one_line, quiet
 from fxconv.errors import ArgsError, CaptureError, OptionError
-from fxconv.functional import restore_inplace
 from fxconv.hazards import check_model, hooked_modules, unwrap
+from fxconv.inplace import restore_inplace
 from fxconv.squeezes import sink_squeezes
 from fxconv.structure import structural_copy
 

@@ -13,12 +13,12 @@ from fxconv import kernel as kernels
 from fxconv.asks import redirect_asks
 from fxconv.axes import as_size
 from fxconv.expr import Apply, Const, Leaf, Map, Sum, Value, View
-from fxconv.functional import has_effect
 from fxconv.kernel import Kernel
 from fxconv.plan_conv import as_images
 from fxconv.pricing import slot_order
 from fxconv.state import State
 from fxconv.steps import Chain, Layout, Step, plan_view
+from fxconv.storage import has_effect
 from fxconv.strides import needs_copy, read_as_view
 from fxconv.sums import plan_sum
 from fxconv.writer import Writer

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from fxconv import capture_export
 from fxconv.capture import Captured, capture, restore_inplace
 from fxconv.errors import ArgsError, CaptureError, FxconvError, NotAModuleError, OptionError, TrainingModeError
-from fxconv.functional import mutated_argument
 from fxconv.parts import assemble, capture_parts
+from fxconv.storage import mutated_argument
 
 IMAGE = (2, 3, 12, 10)
 
