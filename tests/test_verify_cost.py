@@ -147,8 +147,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("held", [0.0, 0.8])
 @pytest.mark.parametrize("name", MODELS)
 def test_casting_node_by_node_is_casting_at_once(name: str, held: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model too large for a float64 copy, or as if: the same errors to the last digit, also with a bug in it; of attention
-    to float64 rounding, whose fused kernel is left where a mode looks at its arguments: its sums are then in another order.
+    """Of a model too large for a float64 copy, or as if: the same errors to the last digit, also with a bug in it. Attention's
+    fused kernel is left where a mode looks at its arguments, and its sums are then in another order: what is compared there
+    are float32 errors, 1e-7, against float64 references that differ by 1e-15.
     """
     build, shape = MODELS[name]
     torch.manual_seed(0)
@@ -165,7 +166,7 @@ def test_casting_node_by_node_is_casting_at_once(name: str, held: float, monkeyp
     state = {k: v.clone() for k, v in model.state_dict().items()}
     by_node = [check_model(model, m, (x,)) for m in (other, wrong)]
     assert at_once[0] and not at_once[1]
-    rounding = 1e-12 if name == "attention" else 0.0
+    rounding = 1e-8 if name == "attention" else 0.0
     for one, other_way in zip(by_node, at_once, strict=True):
         for a, b in zip(one.outputs, other_way.outputs, strict=True):
             assert vars(a) == {
