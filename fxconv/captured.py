@@ -42,6 +42,13 @@ class Captured:
     """Conditions on input sizes that ``rebuild`` makes the result check when it runs."""
 
 
+class Uncompiled(fx.GraphModule):
+    """A graph module that others read and copy, and nobody calls: generating and compiling its code would be for nothing."""
+
+    def recompile(self) -> Any:
+        return None
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings about what the caller did not write: solver tracebacks, deprecations inside torch."""

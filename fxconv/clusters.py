@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxconv.axes import as_size, shape_of
+from fxconv.captured import Uncompiled
 from fxconv.constants import Constants, default_dtype
 from fxconv.emit import Cluster, Emitted
 from fxconv.expr import Apply
@@ -25,14 +26,11 @@ from fxconv.probe import InputSpec
 from fxconv.state import State
 
 
-class Side(fx.GraphModule):
+class Side(Uncompiled):
     """A graph module that interprets its graph: a check calls it three times, which is not worth generating code for.
 
     What is made of python numbers alone (``arange(n) % 2 * 0.05``) is made in float64, as `Constants` makes it.
     """
-
-    def recompile(self) -> Any:
-        return None
 
     def forward(self, *args: Any) -> Any:
         with default_dtype(True):

@@ -71,6 +71,16 @@ class Kernel:
             self._facts[name] = compute(self.tensor())
         return self._facts[name]
 
+    def note_scale(self, scale: Kernel, other: Kernel) -> None:
+        """Each entry is one of ``scale`` times one of ``other``: rows, columns or groups of that are multiplied by numbers."""
+        self._facts.setdefault("scaled", (scale, other))
+
+    @property
+    def scaling(self) -> tuple[Kernel, Kernel] | None:
+        """What `note_scale` was told."""
+        found: tuple[Kernel, Kernel] | None = self._facts.get("scaled")
+        return found
+
     def release(self) -> None:
         """Forget computed values (they are computed again when asked for)."""
         stack = [self]

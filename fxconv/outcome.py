@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
 
 from fxconv.capture import Captured, restore_inplace
+from fxconv.captured import Uncompiled
 from fxconv.cost import Price
 from fxconv.emit import Cluster, Emitted, Emitter, UnwritableError
 from fxconv.identities import remove_identities
@@ -64,7 +65,7 @@ def emit(captured: Captured, state: State) -> Emitted:
 
 def _written(captured: Captured, state: State) -> Emitted:
     graph = copy.deepcopy(captured.gm.graph)
-    gm = fx.GraphModule(captured.gm, graph, captured.gm.__class__.__name__)
+    gm = Uncompiled(captured.gm, graph, captured.gm.__class__.__name__)
     # A GraphModule copies what its graph reads; a program's signature may name more (num_batches_tracked).
     for name, value in (*captured.gm.named_parameters(), *captured.gm.named_buffers()):
         if not _has(gm, name):

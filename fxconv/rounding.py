@@ -107,6 +107,8 @@ def _row_error(rows: torch.Tensor, stored: torch.Tensor, largest: torch.Tensor) 
     outweighing = torch.finfo(stored.dtype).tiny * math.sqrt(rows.shape[1])
     if float(largest.min()) >= outweighing:
         return unit
+    if not bool(rows.any()):
+        return 0.0
     # What was rounded to zero altogether is doubtful too.
     doubtful = ~(largest >= outweighing)
     worst = 0.0 if bool(doubtful.all()) else unit

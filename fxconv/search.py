@@ -257,7 +257,10 @@ class Search:
         return touched, Outcome(best[2] if touched else None, gained)
 
     def _repeat(self, v: Value, known: Outcome) -> list[Value] | None:
-        """Do at v what was done at a value like it: the values touched, or None where it does not come to the same."""
+        """Do at v what was done at a value like it: the values touched, or None where it does not come to the same.
+
+        What gains as much there needs no second judgement: neither how much is enough nor what is doubtful has changed.
+        """
         state = self.state
         if known.route is None:
             if known.refusing:  # whose reasons speak of v's own numbers
@@ -276,30 +279,38 @@ class Search:
         else:
             complete = abs(start - state.score() - known.gained) <= 1e-6 * known.gained
         self._path = path
-        state.undo(mark)
         if not complete:
+            state.undo(mark)
             return None
         self.untaken.pop(v, None)
-        return self._take(v, found)[0] or None
+        return self._record(found)
 
     def _take(self, v: Value, steps: Sequence[Step]) -> tuple[list[Value], float]:
         """Take steps, unless what they gain is doubtful: the values touched, none where nothing was taken; and the gain."""
         state = self.state
         start, mark, launches = state.score(), state.mark(), state.total.launches
         least = self._least_gain(v, steps)
-        applied = {x: self.applied.get(x, [])[:] for x, _, _ in steps}
-        touched: list[Value] = []
-        for x, new, law in steps:
-            touched += self._step(x, new, law)
+        for x, new, _ in steps:
+            self._set(x, new)
         gained = start - state.score()
         doubtful = self._doubtful(gained, state.total.launches - launches)
         # What a slice costs depends on who reads it, and on the way here that may have been someone else.
         if doubtful or gained < 0.5 * least:
             state.undo(mark)
-            self.applied.update(applied)
             return [], 0.0
+        return self._record(steps), gained
+
+    def _record(self, steps: Sequence[Step]) -> list[Value]:
+        """Note steps that were taken; returns the values touched."""
         self._records.taken += steps
-        return touched, gained
+        touched: list[Value] = []
+        for x, new, law in steps:
+            if new is None:
+                self.applied.pop(x, None)
+            else:
+                self.applied.setdefault(x, []).append(law)
+            touched += [x, *self._made(x)]
+        return touched
 
     def _doubtful(self, gained: float, more: float) -> bool:
         """Whether a gain is too small for so many more operators: there the model of a device is least to be trusted."""
@@ -342,14 +353,6 @@ class Search:
             would = f"objective={others[0]!r}" if others else ""
             out[law] = Missed(v, law, f"does not pay: {', '.join(what)}", would)
         return out
-
-    def _step(self, x: Value, new: Value | None, law: str) -> list[Value]:
-        self._set(x, new)
-        if new is None:
-            self.applied.pop(x, None)
-        else:
-            self.applied.setdefault(x, []).append(law)
-        return [x, *self._made(x)]
 
     def _set(self, x: Value, new: Value | None) -> bool:
         """Redefine a value, as what it was in the original graph for None; whether that changes anything."""

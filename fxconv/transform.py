@@ -39,6 +39,7 @@ from fxconv.weight_map import TRAINABLE_LAWS, record_weights, reversible
 logger = logging.getLogger("fxconv")
 
 
+@collector_skips_the_past()
 def transform(
     model: Any,
     args: Any = None,
@@ -97,7 +98,6 @@ def explain(model: Any, args: Any = None, kwargs: Mapping[str, Any] | None = Non
     return read(transform(model, args, kwargs, **keywords))
 
 
-@collector_skips_the_past()
 def run(model: Any, args: Any, kwargs: dict[str, Any], options: Options) -> tuple[Any, Report]:
     """Transform under checked options: the result and its report."""
     if isinstance(args, torch.Tensor):

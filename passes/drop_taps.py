@@ -23,12 +23,14 @@ from fxconv.expr import Const, Map, Role, Value, Window, axis_positions
 from fxconv.kernel import Kernel
 from fxconv.law import Context, Law, Outcome
 from fxconv.normal_form import normal
-from fxconv.passes.recover import native
+from fxconv.passes.recover import native, without_zeros
 from fxconv.window import live_taps
 
 
 def _nonzero(k: Kernel, axis: int) -> tuple[int, int] | None:
     """The half-open range of taps that have a weight other than zero; None where the values are not at hand."""
+    if without_zeros(k):
+        return 0, int(k.shape[axis])
     key = ("nonzero", axis)
     if key not in k._facts:
         w = native(k)

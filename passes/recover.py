@@ -66,9 +66,39 @@ def _structures(m: Map) -> tuple[Build, ...]:
     rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
     key = ("structures", rows) if _plain(m) else ("structures", m.roles, m.x.sizes)
     if key not in root._facts:
-        w = native(m.kernel)
-        root._facts[key] = tuple(_found(m, w)) if w is not None else ()
+        if not _plain(m) and _scaled_plain(root, key):
+            root._facts[key] = ()
+        else:
+            w = native(m.kernel)
+            root._facts[key] = tuple(_found(m, w)) if w is not None else ()
     found: tuple[Build, ...] = root._facts[key]
+    return found
+
+
+def _scaled_plain(k: Kernel, key: Hashable) -> bool:
+    """Whether a kernel is one without structures whose rows, columns or groups are multiplied by numbers other than 0: what
+    is looked for in windows are ranks and zeros, which that does not change."""
+    if k.scaling is None:
+        return False
+    scale, other = k.scaling
+    while other.spec == "reshape":
+        other = other.parents[0]
+    return other._facts.get(key) == () and without_zeros(scale)
+
+
+def without_zeros(k: Kernel) -> bool:
+    """Whether no entry is zero, as far as that can be said without computing a product."""
+    if k.uniform is not None:
+        return k.uniform != 0.0
+    if "without zeros" not in k._facts:
+        if k.scaling is not None:
+            k._facts["without zeros"] = all(map(without_zeros, k.scaling))
+        elif k.spec == "reshape" or isinstance(k.spec, tuple) and k.spec[0] in ("permute", "flip"):
+            k._facts["without zeros"] = without_zeros(k.parents[0])
+        else:
+            w = native(k)
+            k._facts["without zeros"] = w is not None and bool(w.all())
+    found: bool = k._facts["without zeros"]
     return found
 
 
