@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import sympy
 
@@ -156,9 +157,8 @@ activation or the addition behind it in passing. A "turn" is entered at their sp
 of 6 µs, so that a rewrite does not pay only for its smaller pool."""
 
 
-@dataclass(frozen=True)
-class Price:
-    """Seconds, multiply-adds, parameters (entries), bytes moved and launches."""
+class Price(NamedTuple):
+    """Seconds, multiply-adds, parameters (entries), bytes moved and launches; a tuple, since a search makes a million."""
 
     seconds: float = 0.0
     macs: float = 0.0
@@ -166,7 +166,7 @@ class Price:
     bytes: float = 0.0
     launches: float = 0.0
 
-    def __add__(self, other: Price) -> Price:
+    def __add__(self, other: Price) -> Price:  # type: ignore[override]
         return Price(
             self.seconds + other.seconds,
             self.macs + other.macs,
@@ -176,7 +176,13 @@ class Price:
         )
 
     def __sub__(self, other: Price) -> Price:
-        return self + other.times(-1.0)
+        return Price(
+            self.seconds - other.seconds,
+            self.macs - other.macs,
+            self.params - other.params,
+            self.bytes - other.bytes,
+            self.launches - other.launches,
+        )
 
     def times(self, factor: float) -> Price:
         return Price(

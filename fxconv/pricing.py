@@ -7,7 +7,7 @@ depends on them; nothing else is priced anew. What is alike is priced once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fxconv.axes import Size
 from fxconv.cost import CostModel, Price, score
@@ -101,6 +101,9 @@ class PricedValues(Values):
         return total
 
     def layout(self, v: Value) -> Layout:
+        known = self.layouts.get(v)
+        if known is not None:
+            return known
         stack = [v]
         while stack:
             x = stack[-1]
@@ -420,7 +423,7 @@ class PricedValues(Values):
 
     def _copies_by(self, readers: int, step: Step) -> Price:
         """What it costs that readers copy a slice before they compute."""
-        return replace(self.model.price(Step("copy", step.shape, step.shape)).times(readers), launches=0.0)
+        return self.model.price(Step("copy", step.shape, step.shape)).times(readers)._replace(launches=0.0)
 
     def _inlined(self, v: Value) -> bool:
         """Whether every user writes v as a part of its own concatenation."""

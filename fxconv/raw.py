@@ -100,8 +100,11 @@ def refine(m: Raw, in_splits: Splits | None, out_splits: Splits | None) -> tuple
     Returns the refined map and the splits of its input and output slots, which can be finer than those asked for where
     a kept slot was split differently on its two sides; or the reason why it can't be done.
     """
-    ins: list[tuple[Size, ...]] = list(in_splits) if in_splits is not None else [(s,) for s in m.in_sizes]
-    outs: list[tuple[Size, ...]] = list(out_splits) if out_splits is not None else [(s,) for s in m.out_sizes]
+    whole_ins, whole_outs = tuple([(s,) for s in m.in_sizes]), tuple([(s,) for s in m.out_sizes])
+    if in_splits in (None, whole_ins) and out_splits in (None, whole_outs):
+        return m, whole_ins, whole_outs
+    ins: list[tuple[Size, ...]] = list(whole_ins if in_splits is None else in_splits)
+    outs: list[tuple[Size, ...]] = list(whole_outs if out_splits is None else out_splits)
     for o, role in enumerate(m.roles):
         if isinstance(role, (Kept, Shared)):
             if role_size(role, m.in_sizes) == 1:

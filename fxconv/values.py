@@ -108,14 +108,15 @@ class Values:
         Levels only fall along what is read as long as no value was redefined by one from behind it (`ordered`): then
         values from before v need not be followed at all.
         """
-        limit = self.levels.get(v, 0)
+        levels, originals, ordered = self.levels, self.originals, self.ordered
+        limit, made = levels.get(v, 0), v not in originals
         stack, seen = [x], {x}
         while stack:
             y = stack.pop()
             if y is v:
                 return True
-            if self.levels.get(y, 0) < limit + (v not in self.originals and y in self.originals):
-                if self.ordered or self.unchanged(y):
+            if levels.get(y, 0) < limit + (made and y in originals):
+                if ordered or self.unchanged(y):
                     continue
             for z in self.reads(y):
                 if z not in seen:

@@ -24,40 +24,48 @@ from fxconv.refs import make_sum
 def _rearrange(v: Value, context: Context) -> Iterator[Outcome]:
     if not isinstance(v.node, Sum):
         return
-    picked: dict[tuple[Value, int], list[tuple[Value, list[int]]]] = {}
+    picked: dict[tuple[Value, int], list[Value]] = {}
     for t in v.node.terms:
-        found = _picked(t)
+        found = _picked_from(t)
         if found is not None:
-            y, slot, entries = found
-            picked.setdefault((y, slot), []).append((t, entries))
+            picked.setdefault(found, []).append(t)
     for (y, slot), parts in picked.items():
         between, inner = through_view(y)
         terms = inner.node.terms if isinstance(inner.node, Sum) else (inner,)
         if len(parts) < 2 or not any(isinstance(t.node, Map) and t.node.contracted for t in terms):
             continue
-        index = [max(at) for at in zip(*(entries for _, entries in parts), strict=True)]
-        disjoint = all(sum(i >= 0 for i in at) == 1 for at in zip(*(entries for _, entries in parts), strict=True))
+        shown = list(zip(*(_entries(t, y, slot) for t in parts), strict=True))
+        index = [max(at) for at in shown]
+        disjoint = all(sum(i >= 0 for i in at) == 1 for at in shown)
         if not disjoint:
             continue
         new = through(_gather(y, slot, tuple(index)), between, inner)
         if new is not None:
-            gone = {t for t, _ in parts}
-            yield make_sum([new, *(t for t in v.node.terms if t not in gone)])
+            yield make_sum([new, *(t for t in v.node.terms if t not in parts)])
 
 
-def _picked(t: Value) -> tuple[Value, int, list[int]] | None:
-    """What a value is a selection of, along which slot, and per entry the one that it shows (−1: zero); None if it is none."""
+def _picked_from(t: Value) -> tuple[Value, int] | None:
+    """What a value is a selection of, and along which slot, all of static size; None if it is none."""
     if not is_selection(t.node) or (slot := _slot(t)) < 0 or not is_static(t.sizes[slot]):
         return None
-    entries = list(range(int(t.sizes[slot])))
     while is_selection(t.node) and isinstance(t.node, Map) and _slot(t) == slot:
-        role, n = t.node.roles[slot], t.node.x.sizes[slot]
-        if not isinstance(role, Window) or not is_static(n):
+        if not isinstance(t.node.roles[slot], Window) or not is_static(t.node.x.sizes[slot]):
             return None
-        places = [i * role.filter.down - role.filter.offset for i in entries]
-        entries = [p if i >= 0 and 0 <= p < int(n) else -1 for i, p in zip(entries, places, strict=True)]
         t = t.node.x
-    return t, slot, entries
+    return t, slot
+
+
+def _entries(t: Value, y: Value, slot: int) -> list[int]:
+    """Per entry of a selection of y, the one of y that it shows; −1 where that is zero."""
+    entries = list(range(int(t.sizes[slot])))
+    while t is not y:
+        assert isinstance(t.node, Map)
+        role, n = t.node.roles[slot], int(t.node.x.sizes[slot])
+        assert isinstance(role, Window)
+        places = [i * role.filter.down - role.filter.offset for i in entries]
+        entries = [p if i >= 0 and 0 <= p < n else -1 for i, p in zip(entries, places, strict=True)]
+        t = t.node.x
+    return entries
 
 
 def _slot(t: Value) -> int:
