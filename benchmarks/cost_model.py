@@ -112,7 +112,7 @@ def pairs() -> Iterator[tuple[str, nn.Module, nn.Module, Tensor]]:
         x = torch.randn(1, c, size, size)
         tokens = Fn(lambda s, x: s.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(), fc=nn.Linear(c, c))
         yield f"permute, Linear, permute, or 1x1; {c}, {size}", tokens, _c(c, c, 1), x
-    for c, size in ((128, 64), (64, 28), (16, 8)):
+    for c, size in ((64, 128), (128, 64), (64, 28), (16, 8)):
         x = torch.randn(1, c, size, size)
         up = nn.Sequential(nn.Upsample(scale_factor=2.0), _c(c, c, 3))
         yield f"nearest and 3x3, or transposed 4x4; {c}, {size}", up, nn.ConvTranspose2d(c, c, 4, 2, 1), x
