@@ -17,6 +17,7 @@ import fxconv
 from fxconv import structures
 from fxconv.capture import capture
 from fxconv.options import Options
+from fxconv.passes.recover import without_zeros
 from fxconv.report import Report
 from fxconv.transform import rewrite
 
@@ -194,6 +195,46 @@ def test_convolution(name: str) -> None:
     _, report = checked(model, torch.randn(2, 6, 14, 12, generator=generator()), objective="macs")
     assert report.cost_after.macs <= share * report.cost_before.macs
     assert [set(r.laws) for r in report.applied] == [{"recover"}]
+
+
+def normalised(conv: nn.Module, live: int) -> nn.Module:
+    """A convolution behind which a BatchNorm scales all but the first ``live`` channels by zero."""
+    norm = nn.BatchNorm2d(conv.weight.shape[0]).eval()  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            assert tensor is not None
+            tensor.uniform_(0.5, 2.0, generator=generator())
+        norm.weight[live:] = 0.0
+    return nn.Sequential(conv, norm).eval()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_scaled_convolution_has_the_structure_that_it_has(name: str) -> None:
+    """The scale in front of it, and behind it, is no reason to look at the numbers again, nor to overlook them."""
+    build, share = CONVOLUTIONS[name]
+    model = normalised(build(), 1000)
+    _, report = checked(model, torch.randn(2, 6, 14, 12, generator=generator()), objective="macs")
+    assert report.cost_after.macs <= share * report.cost_before.macs
+
+
+@pytest.mark.parametrize(("live", "share"), [(16, 1.0), (3, 0.25)])
+def test_a_scale_of_zeros_makes_a_structure_of_its_own(live: int, share: float) -> None:
+    model = normalised(nn.Conv2d(6, 16, 3), live)
+    _, report = checked(model, torch.randn(2, 6, 14, 12, generator=generator()), objective="macs")
+    assert report.cost_after.macs <= share * report.cost_before.macs
+    assert live < 16 or report.cost_after.macs == report.cost_before.macs
+
+
+def test_a_scaled_kernel_is_not_computed_to_be_looked_at() -> None:
+    blocks = [normalised(nn.Conv2d(8, 8, 3, padding=1), 8) for _ in range(3)]
+    captured = capture(nn.Sequential(*blocks), (torch.randn(2, 8, 6, 5),), {}, dynamic_shapes=None, mode="auto")
+    outcome = rewrite(captured, Options(verify="off"))
+    weights = [k for name, k in outcome.emitted.parameters.items() if name.endswith("weight")]
+    assert len(weights) == 3
+    for k in weights:
+        while k.spec == "reshape" or isinstance(k.spec, tuple) and k.spec[0] == "permute":
+            k = k.parents[0]
+        assert k.scaling is not None and without_zeros(k)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "one_off", "almost_toeplitz", "sparse", "signs", "float_product"])

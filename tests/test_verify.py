@@ -583,3 +583,9 @@ def test_rounding_rows_of_a_transposed_convolution() -> None:
     w[:, 2] *= 1e-7
     assert check_rounding({"w": w}, {"w": w.half()}, torch.float16)
     assert not check_rounding({"w": w}, {"w": w.half()}, torch.float16, channel_dims={"w": 1})
+
+
+def test_rounding_of_zeros_is_exact_and_of_what_becomes_zero_is_not() -> None:
+    zero = torch.zeros(6, 4, dtype=torch.float64)
+    assert check_rounding({"w": zero}, {"w": zero.half()}, torch.float16).max_error == 0.0
+    assert not check_rounding({"w": zero + 1e-12}, {"w": zero.half()}, torch.float16)
