@@ -124,7 +124,7 @@ def compose_raw(outer: Raw, perm: Sequence[int], inner: Raw) -> Raw | str:
     )
     if kernel.uniform is None and outer.kernel.uniform is not None and inner.kernel.uniform is not None:
         kernel = _evened(kernel)
-    if not relations and len(contracted) == len(outer.contracted) and kernel.spec == ("compose", spec):
+    if kernel.uniform is None and not relations and len(contracted) == len(outer.contracted):  # nothing is summed
         for scale, other in ((outer, inner), (inner, outer)):
             if all(isinstance(r, (Kept, Shared)) for r in scale.roles) and not scale.contracted:
                 kernel.note_scale(scale.kernel, other.kernel)

@@ -59,14 +59,12 @@ def _structures(m: Map) -> tuple[Build, ...]:
         return ()  # what was found to rounding is not looked into further: its label would be lost
     if any(not isinstance(r, (Kept, New, Shared, Window)) for r in m.roles):
         return ()
-    root = m.kernel
-    while root.spec == "reshape":
-        root = root.parents[0]
+    root = _unshaped(m.kernel)
     # Equal under every reshape: rows by columns is all that a dense kernel's tests see.
     rows = math.prod(int(r.size) for r in m.roles if isinstance(r, New))
     key = ("structures", rows) if _plain(m) else ("structures", m.roles, m.x.sizes)
     if key not in root._facts:
-        if not _plain(m) and _scaled_plain(root, key):
+        if not _plain(m) and _scales_what_has_none(root, key):
             root._facts[key] = ()
         else:
             w = native(m.kernel)
@@ -75,31 +73,55 @@ def _structures(m: Map) -> tuple[Build, ...]:
     return found
 
 
-def _scaled_plain(k: Kernel, key: Hashable) -> bool:
+def _scales_what_has_none(k: Kernel, key: Hashable) -> bool:
     """Whether a kernel is one without structures whose rows, columns or groups are multiplied by numbers other than 0: what
     is looked for in windows are ranks and zeros, which that does not change."""
     if k.scaling is None:
         return False
     scale, other = k.scaling
-    while other.spec == "reshape":
-        other = other.parents[0]
-    return other._facts.get(key) == () and without_zeros(scale)
+    return _unshaped(other)._facts.get(key) == () and without_zeros(scale)
 
 
 def without_zeros(k: Kernel) -> bool:
     """Whether no entry is zero, as far as that can be said without computing a product."""
-    if k.uniform is not None:
-        return k.uniform != 0.0
     if "without zeros" not in k._facts:
-        if k.scaling is not None:
-            k._facts["without zeros"] = all(map(without_zeros, k.scaling))
-        elif k.spec == "reshape" or isinstance(k.spec, tuple) and k.spec[0] in ("permute", "flip"):
-            k._facts["without zeros"] = without_zeros(k.parents[0])
-        else:
-            w = native(k)
-            k._facts["without zeros"] = w is not None and bool(w.all())
+        k._facts["without zeros"] = _without_zeros(k)
     found: bool = k._facts["without zeros"]
     return found
+
+
+def _without_zeros(k: Kernel) -> bool:
+    stack, seen = [k], {k}  # chains of scales are deep, so nothing here recurses
+    while stack:
+        x = stack.pop()
+        if x.uniform is not None:
+            some = x.uniform == 0.0
+        elif "without zeros" in x._facts:
+            some = not x._facts["without zeros"]
+        elif x.scaling is not None or _rearranged(x):
+            more = [p for p in (x.scaling or x.parents) if p not in seen]
+            seen.update(more)
+            stack += more
+            continue
+        else:
+            w = native(x)
+            x._facts["without zeros"] = w is not None and bool(w.all())
+            some = not x._facts["without zeros"]
+        if some:
+            return False
+    return True
+
+
+def _unshaped(k: Kernel) -> Kernel:
+    """What a kernel is a reshape of."""
+    while k.spec == "reshape":
+        k = k.parents[0]
+    return k
+
+
+def _rearranged(k: Kernel) -> bool:
+    """Whether a kernel has the entries of the one that it is derived from, in other places."""
+    return k.spec == "reshape" or isinstance(k.spec, tuple) and k.spec[0] in ("permute", "flip")
 
 
 def _structured(v: Value) -> Hashable:
@@ -181,7 +203,7 @@ def native(k: Kernel) -> torch.Tensor | None:
     """The kernel's values: of a stored weight in its own dtype and without a copy where its layout allows."""
     chain: list[Kernel] = []
     root = k
-    while root.spec == "reshape" or isinstance(root.spec, tuple) and root.spec[0] in ("permute", "flip"):
+    while _rearranged(root):
         chain.append(root)
         root = root.parents[0]
     stored = root._facts.get("native")

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxconv
-from fxconv import structures
+from fxconv import kernel, structures
 from fxconv.capture import capture
 from fxconv.options import Options
-from fxconv.passes.recover import without_zeros
+from fxconv.passes.recover import _rearranged, without_zeros
 from fxconv.report import Report
 from fxconv.transform import rewrite
 
@@ -232,9 +232,22 @@ def test_a_scaled_kernel_is_not_computed_to_be_looked_at() -> None:
     weights = [k for name, k in outcome.emitted.parameters.items() if name.endswith("weight")]
     assert len(weights) == 3
     for k in weights:
-        while k.spec == "reshape" or isinstance(k.spec, tuple) and k.spec[0] == "permute":
+        while _rearranged(k):
             k = k.parents[0]
         assert k.scaling is not None and without_zeros(k)
+
+
+def test_a_long_chain_of_scales_is_looked_through() -> None:
+    scale = kernel.literal(torch.tensor([2.0, -1.0, 0.5]))
+    chain = scale
+    for i in range(3000):
+        longer = kernel.derive((3,), ("times", i), (chain, scale), lambda: torch.ones(3))
+        longer.note_scale(scale, chain)
+        chain = longer
+    assert without_zeros(chain)
+    last = kernel.derive((3,), ("times", "zero"), (chain,), lambda: torch.ones(3))
+    last.note_scale(kernel.literal(torch.tensor([1.0, 0.0, 1.0])), chain)
+    assert not without_zeros(last)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "one_off", "almost_toeplitz", "sparse", "signs", "float_product"])
